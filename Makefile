@@ -1,0 +1,42 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TASK ?= copy
+RANKS ?= 3
+DEMO := .cache/demo
+
+.PHONY: demo test test-fast lint docs clean
+
+# The reference lane: CPU, versions pinned in constraints.txt. torch goes first so that its exact pin is
+# met before any other package asks for a range.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check $$(grep -E '^torch==' constraints.txt)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,demo]'
+	touch $@
+
+$(DEMO)/complete: $(VENV)/installed tools/prepare_demo.py
+	$(BIN)/python tools/prepare_demo.py --out $(DEMO)
+	touch $@
+
+demo: $(DEMO)/complete
+	$(BIN)/torchrun --nproc-per-node $(RANKS) -m megaopd.train conf=demo_cpu data=demo_$(TASK) $(ARGS)
+	$(BIN)/python tools/check_export.py runs/demo
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint $(DEMO)/complete
+	$(BIN)/pytest
+
+test-fast: $(VENV)/installed
+	$(BIN)/pytest -m "not slow"
+
+docs: $(VENV)/installed
+	$(BIN)/python -m megaopd.config --markdown > docs/configuration.md
+
+clean:
+	rm -rf $(VENV) .cache runs

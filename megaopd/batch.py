@@ -1,0 +1,128 @@
+"""The data that flows through a step, with its shapes.
+
+Suffixes name logical dimensions: N samples, T packed tokens of one micro-batch on this rank,
+S sequences in a pack, V vocabulary (a rank holds its shard), K top-k, H hidden size.
+
+Alignment is a rule: position t of everything that ends in `_T` speaks about `labels_T[t]`. Labels are
+shifted in `megaopd.data.packing` and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt as the model sees it.
+
+    Attributes:
+        prompt_id: unique in its file.
+        token_ids: the tokens after the chat template, if any.
+        answer: the reference answer for the reward, or None.
+        teacher: the name of the teacher that scores the samples of this prompt.
+    """
+
+    prompt_id: str
+    token_ids: tuple[int, ...]
+    answer: str | None = None
+    teacher: str = "default"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response to a prompt.
+
+    Attributes:
+        prompt: the prompt.
+        index: which of the n samples of this prompt this is, from 0.
+        response_ids: R sampled token ids, the stop token included.
+        response_logprobs: R log-probabilities of those tokens under the sampler's temperature-scaled,
+            un-truncated softmax.
+        response_mask: R flags; False on tokens that the model did not produce (tool output).
+        finish_reason: "stop" (a stop token was sampled) or "length".
+        weight_version: the version of the weights that sampled it.
+    """
+
+    prompt: Prompt
+    index: int
+    response_ids: tuple[int, ...]
+    response_logprobs: tuple[float, ...]
+    response_mask: tuple[bool, ...]
+    finish_reason: str
+    weight_version: int
+
+    @property
+    def sample_id(self) -> str:
+        return f"{self.prompt.prompt_id}/{self.index}"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample. `temperature=0` is greedy; `top_k=0` and `top_p=1` leave the softmax whole.
+
+    Attributes:
+        seed: with the prompt's id and the sample's index it determines the random numbers of a sample,
+            whatever the batch or the number of ranks.
+        stop_token_ids: sampling one of these ends the response ("stop").
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    n: int = 1
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch: S sequences laid end to end in T tokens.
+
+    Attributes:
+        tokens_T: int64 input tokens.
+        labels_T: int64, the token that follows tokens_T[t] in its own sequence (0 where there is none).
+        positions_T: int64 position of tokens_T[t] in its sequence.
+        loss_mask_T: bool, True where labels_T[t] is a response token that the model produced.
+        rollout_logprobs_T: fp32 log-probability of labels_T[t] under the sampler, 0 off the mask.
+        token_weights_T: fp32 weight of the token's loss.
+        cu_seqlens: int32 [S + 1], starts of the sequences and the end; the padding is a sequence too.
+        sample_ids: the S' <= S ids of the real sequences, in order.
+    """
+
+    tokens_T: Tensor
+    labels_T: Tensor
+    positions_T: Tensor
+    loss_mask_T: Tensor
+    rollout_logprobs_T: Tensor
+    token_weights_T: Tensor
+    cu_seqlens: Tensor
+    sample_ids: tuple[str, ...]
+
+    @property
+    def max_seqlen(self) -> int:
+        return int((self.cu_seqlens[1:] - self.cu_seqlens[:-1]).max())
+
+    def to(self, device: torch.device) -> PackedBatch:
+        moved = {
+            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
+            for k, v in self.__dict__.items()
+        }
+        return PackedBatch(**moved)
+
+
+@dataclass(frozen=True)
+class HiddenSignal:
+    """The teacher's word on a micro-batch, as hidden states: exact and small.
+
+    Attributes:
+        hidden_TH: the teacher's last hidden states after its final norm, one row per packed token.
+        head_VH: this rank's rows of the teacher's LM head, in the student's vocabulary partition.
+    """
+
+    hidden_TH: Tensor
+    head_VH: Tensor

@@ -1,0 +1,70 @@
+"""What a person sees when something is wrong: one line and an exit status.
+
+Every error that a user can cause or mend is a `MegaOPDError`; its text has the form
+``<field or file>: <what was found>; <what to do>``. `run_cli` prints it as ``error: ...`` and exits
+with the class's status. A bug keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class MegaOPDError(Exception):
+    """Base of all errors that end in one line on stderr.
+
+    Args:
+        where: the configuration field, file or object at fault.
+        found: what was found there.
+        remedy: what to do about it.
+    """
+
+    exit_status = 1
+
+    def __init__(self, where: str, found: str, remedy: str) -> None:
+        super().__init__(f"{where}: {found}; {remedy}")
+
+
+class ConfigError(MegaOPDError):
+    exit_status = 2
+
+
+class DataError(MegaOPDError):
+    exit_status = 3
+
+
+class CheckpointError(MegaOPDError):
+    exit_status = 4
+
+
+class EnvironmentFault(MegaOPDError):
+    exit_status = 5
+
+
+class NumericError(MegaOPDError):
+    exit_status = 6
+
+
+class RolloutError(MegaOPDError):
+    exit_status = 7
+
+
+def run_cli(main: Callable[[list[str]], None], argv: list[str]) -> None:
+    """Runs `main(argv)`; turns a `MegaOPDError` into one line and its exit status.
+
+    ``--debug`` anywhere in argv is removed and lets the traceback through. Under torchrun every rank
+    finds the same configuration error, and rank 0 alone prints it. The process leaves through
+    `os._exit` because the other ranks may be waiting in a collective that will never complete.
+    """
+    debug = "--debug" in argv
+    try:
+        main([a for a in argv if a != "--debug"])
+    except MegaOPDError as error:
+        if debug:
+            raise
+        if os.environ.get("RANK", "0") == "0" or not getattr(error, "on_all_ranks", True):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(error.exit_status)

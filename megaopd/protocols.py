@@ -1,0 +1,82 @@
+"""What the training loop asks of its parts. Implementations are chosen in `megaopd.train` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from megaopd.batch import HiddenSignal, PackedBatch, Prompt, Sample, SamplingParams
+
+
+class RolloutEngine(Protocol):
+    """Samples responses. Collective: every rank calls it with the same arguments."""
+
+    weight_version: int
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Sample]:
+        """Returns `params.n` samples per prompt, on every rank, ordered by prompt then index.
+
+        Raises:
+            RolloutError: the engine cannot answer.
+        """
+        ...
+
+    def load_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
+        """Takes (Hugging Face name, full tensor) pairs; afterwards samples carry `version`."""
+        ...
+
+
+class Teacher(Protocol):
+    """Scores packed tokens. Collective."""
+
+    def score(self, micro_batches: Sequence[PackedBatch]) -> list[HiddenSignal]: ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step (or one evaluation pass) reports; equal on every rank.
+
+    Attributes:
+        metrics: name -> value, means over the global batch's loss tokens.
+        num_tokens: loss tokens of the global batch.
+        skipped: the update was left out because a loss or gradient was not finite.
+        nonfinite_sample_ids: the samples of the micro-batches whose loss was not finite.
+    """
+
+    metrics: dict[str, float]
+    num_tokens: int
+    skipped: bool = False
+    nonfinite_sample_ids: tuple[str, ...] = field(default=())
+
+
+class Student(Protocol):
+    """The model in training. Every method is collective."""
+
+    def train_step(
+        self, micro_batches: Sequence[PackedBatch], signals: Sequence[HiddenSignal]
+    ) -> StepResult: ...
+
+    def evaluate(
+        self, micro_batches: Sequence[PackedBatch], signals: Sequence[HiddenSignal]
+    ) -> StepResult:
+        """The same loss without a gradient or an update."""
+        ...
+
+    def export_weights(self, only_trainable: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Yields (Hugging Face name, full tensor) on every rank, one tensor at a time."""
+        ...
+
+
+class WeightSync(Protocol):
+    """Brings the student's weights into the rollout engine."""
+
+    def sync(self, student: Student, engine: RolloutEngine, version: int) -> None: ...
+
+
+class Reward(Protocol):
+    """Scores one response text against the reference answer, in [0, 1]."""
+
+    def __call__(self, response: str, answer: str | None) -> float: ...
