@@ -1,0 +1,224 @@
+"""What a model is, read from a Hugging Face config.json.
+
+`read_arch` refuses what the rest of the package would compute differently from transformers, so
+that a `ModelArch` in hand means a network that Megatron reproduces.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from megaopd.errors import CheckpointError, ConfigError
+from megaopd.models.families import FAMILIES, Family
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+# ModelArch's name -> config.json's; a model without them is not described at all.
+_REQUIRED_SIZES = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "ffn_hidden_size": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "max_positions": "max_position_embeddings",
+}
+
+
+@dataclass(frozen=True)
+class ModelArch:
+    """A decoder-only transformer.
+
+    Attributes:
+        family: name of the Hugging Face architecture, a key of `FAMILIES`.
+        num_kv_heads: key and value heads; divides num_heads.
+        head_dim: features of one head; num_heads * head_dim need not be hidden_size.
+        ffn_hidden_size: features between the MLP's projections.
+        vocab_size: rows of embedding and head, without the padding of tensor parallelism.
+        max_positions: the longest context.
+        norm_eps: added to the mean square in RMSNorm.
+        tied: the LM head is the embedding.
+        qk_norm: queries and keys are normalised per head.
+        qkv_bias: query, key and value projections have biases.
+        rope: `rope_type` (one of `ROPE_TYPES`), `rope_theta` and the type's own parameters, named
+            as in transformers' `rope_parameters`.
+    """
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_hidden_size: int
+    vocab_size: int
+    max_positions: int
+    norm_eps: float
+    tied: bool
+    qk_norm: bool
+    qkv_bias: bool
+    rope: Mapping[str, Any] = field(hash=False)
+
+
+def read_arch(path: str | Path) -> ModelArch:
+    """Reads `path`/config.json, as transformers 4 or 5 writes it.
+
+    Raises:
+        CheckpointError: the file is missing, is not JSON, or a field is missing or makes no sense.
+        ConfigError: the architecture is not in `FAMILIES`, or has a feature that is not supported.
+    """
+    file = Path(path) / "config.json"
+    raw = _read_json_object(file)
+    architecture = _architecture(file, raw)
+    family = FAMILIES[architecture]
+    sizes = {ours: _size(file, raw, theirs) for ours, theirs in _REQUIRED_SIZES.items()}
+    norm_eps = _number(file, raw, "rms_norm_eps")
+    config = _parse(file, raw, family)
+    for where, value, remedy in _unsupported(raw, config):
+        raise ConfigError(f"{file}: {where}", f"{_shown(value)} is not supported", remedy)
+
+    rope = dict(config.rope_parameters)
+    rope.pop("type", None)  # transformers 4's name of rope_type
+    _number(file, rope, "rope_theta")
+    # These may be absent from the file; the class knows their defaults.
+    num_kv_heads, head_dim = (
+        _size(file, {name: getattr(config, name)}, name)
+        for name in ("num_key_value_heads", "head_dim")
+    )
+    if sizes["num_heads"] % num_kv_heads:
+        raise CheckpointError(
+            f"{file}: num_key_value_heads",
+            f"{num_kv_heads} does not divide {sizes['num_heads']} attention heads",
+            "correct the file",
+        )
+    return ModelArch(
+        family=architecture,
+        **sizes,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        norm_eps=norm_eps,
+        tied=bool(config.tie_word_embeddings),
+        qk_norm=family.qk_norm,
+        qkv_bias=family.qkv_bias,
+        rope=rope,
+    )
+
+
+def rope_inv_freq(arch: ModelArch) -> tuple[Tensor, float]:
+    """Returns the inverse frequencies, fp32 [head_dim / 2], and the factor on cos and sin.
+
+    Bit-equal to those of transformers' rotary embedding of the same configuration.
+    """
+    if arch.rope["rope_type"] == "default":
+        exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.int64).float() / arch.head_dim
+        return 1.0 / (arch.rope["rope_theta"] ** exponents), 1.0
+    config = PreTrainedConfig(
+        head_dim=arch.head_dim,
+        hidden_size=arch.hidden_size,
+        num_attention_heads=arch.num_heads,
+        max_position_embeddings=arch.max_positions,
+        rope_parameters=dict(arch.rope),
+    )
+    inv_freq, attention_scaling = ROPE_INIT_FUNCTIONS[arch.rope["rope_type"]](config)
+    return inv_freq, float(attention_scaling)
+
+
+def _shown(value: Any) -> str:
+    """`value` as JSON, short enough for an error's one line."""
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _read_json_object(file: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            str(file), "no such file", "give a directory that save_pretrained wrote"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            str(file), f"cannot be read as JSON ({error})", "copy the file again"
+        ) from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(str(file), "is not a JSON object", "copy the file again")
+    return raw
+
+
+def _architecture(file: Path, raw: dict[str, Any]) -> str:
+    names = raw.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise CheckpointError(
+            f"{file}: architectures",
+            "is missing" if names is None else f"is {_shown(names)}",
+            'name the model\'s one class there, such as ["LlamaForCausalLM"]',
+        )
+    if names[0] not in FAMILIES:
+        raise ConfigError(
+            f"{file}: architectures",
+            f"{names[0]} is not supported",
+            f"use one of {', '.join(sorted(FAMILIES))}",
+        )
+    return names[0]
+
+
+def _number(file: Path, fields: Mapping[str, Any], name: str) -> Any:
+    value = fields.get(name)
+    if value is None:
+        raise CheckpointError(
+            f"{file}: {name}", "is missing", "add it, as the model's authors have it"
+        )
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise CheckpointError(f"{file}: {name}", f"is {_shown(value)}", "give a positive number")
+    return value
+
+
+def _size(file: Path, fields: Mapping[str, Any], name: str) -> int:
+    value = _number(file, fields, name)
+    if not isinstance(value, int):
+        raise CheckpointError(f"{file}: {name}", f"is {value}", "give a positive integer")
+    return value
+
+
+def _parse(file: Path, raw: dict[str, Any], family: Family) -> PreTrainedConfig:
+    """Lets transformers fill in defaults and bring both spellings of RoPE to one."""
+    try:
+        return family.config_class.from_dict(copy.deepcopy(raw))
+    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).strip("'\"").split())
+        raise CheckpointError(str(file), reason, "correct the field") from None
+
+
+def _unsupported(raw: dict[str, Any], config: PreTrainedConfig) -> Iterator[tuple[str, Any, str]]:
+    """Yields (field, value, what to do) of every feature that would silently be computed wrong."""
+    remedy = "use a model without it"
+    if config.hidden_act != "silu":
+        yield "hidden_act", config.hidden_act, 'use a model with "silu"'
+    for name in ("attention_bias", "mlp_bias"):
+        if raw.get(name):
+            yield name, raw[name], remedy
+    if raw.get("quantization_config") is not None:
+        yield "quantization_config", raw["quantization_config"], "dequantise the weights first"
+    layer_types = getattr(config, "layer_types", None) or raw.get("layer_types") or ()
+    for layer_type in layer_types:
+        if layer_type != "full_attention":
+            name = "layer_types" if raw.get("layer_types") else "use_sliding_window"
+            value = layer_type if name == "layer_types" else raw[name]
+            yield name, value, "use a model with full attention in every layer"
+    rope = config.rope_parameters
+    if any(isinstance(value, dict) for value in rope.values()):
+        yield "rope_parameters", rope, "use a model with one RoPE for all layers"
+    elif rope["rope_type"] not in ROPE_TYPES:
+        yield "rope_type", rope["rope_type"], f"use one of {', '.join(ROPE_TYPES)}"
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        yield "partial_rotary_factor", rope["partial_rotary_factor"], remedy

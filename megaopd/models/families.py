@@ -1,0 +1,137 @@
+"""The model families, and the parameters of a model of each.
+
+A family is one entry of `FAMILIES`: its configuration class in transformers, what its decoder layer
+has beyond Llama's, and the pieces its layer is made of. A piece lists the `ParamMapping`s of one
+part of a decoder layer and serves every family that has that part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
+
+from megaopd.models.mapping import (
+    QKV,
+    GatedMLP,
+    ParamMapping,
+    Replicated,
+    RowParallel,
+    Shape,
+    Vocab,
+)
+
+if TYPE_CHECKING:  # arch reads FAMILIES
+    from megaopd.models.arch import ModelArch
+
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT_LAYER = "output_layer.weight"
+
+# (arch, Megatron's prefix of the layer, Hugging Face's prefix of the layer) -> its parameters
+Piece = Callable[["ModelArch", str, str], Iterator[ParamMapping]]
+
+
+def block_norms(arch: ModelArch, ours: str, theirs: str) -> Iterator[ParamMapping]:
+    """The norms before attention and before the MLP."""
+    norm = Replicated(arch.hidden_size)
+    yield ParamMapping(
+        f"{ours}.input_layernorm.weight", (f"{theirs}.input_layernorm.weight",), norm
+    )
+    yield ParamMapping(
+        f"{ours}.pre_mlp_layernorm.weight", (f"{theirs}.post_attention_layernorm.weight",), norm
+    )
+
+
+def attention(arch: ModelArch, ours: str, theirs: str) -> Iterator[ParamMapping]:
+    """Grouped-query attention; q/k norms and QKV biases where the family has them."""
+    ours, theirs = f"{ours}.self_attention", f"{theirs}.self_attn"
+
+    def qkv(kind: str) -> tuple[str, ...]:
+        return tuple(f"{theirs}.{x}_proj.{kind}" for x in "qkv")
+
+    sizes = (arch.num_heads, arch.num_kv_heads, arch.head_dim)
+    yield ParamMapping(
+        f"{ours}.linear_qkv.weight", qkv("weight"), QKV(*sizes, cols=arch.hidden_size)
+    )
+    if arch.qkv_bias:
+        yield ParamMapping(f"{ours}.linear_qkv.bias", qkv("bias"), QKV(*sizes, cols=None))
+    if arch.qk_norm:
+        for x in "qk":
+            yield ParamMapping(
+                f"{ours}.{x}_layernorm.weight",
+                (f"{theirs}.{x}_norm.weight",),
+                Replicated(arch.head_dim),
+            )
+    yield ParamMapping(
+        f"{ours}.linear_proj.weight",
+        (f"{theirs}.o_proj.weight",),
+        RowParallel(arch.hidden_size, arch.num_heads * arch.head_dim),
+    )
+
+
+def gated_mlp(arch: ModelArch, ours: str, theirs: str) -> Iterator[ParamMapping]:
+    """A gated MLP without biases."""
+    yield ParamMapping(
+        f"{ours}.mlp.linear_fc1.weight",
+        (f"{theirs}.mlp.gate_proj.weight", f"{theirs}.mlp.up_proj.weight"),
+        GatedMLP(arch.ffn_hidden_size, arch.hidden_size),
+    )
+    yield ParamMapping(
+        f"{ours}.mlp.linear_fc2.weight",
+        (f"{theirs}.mlp.down_proj.weight",),
+        RowParallel(arch.hidden_size, arch.ffn_hidden_size),
+    )
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets a family apart.
+
+    Attributes:
+        config_class: the class that gives config.json's absent fields their defaults.
+        qk_norm: queries and keys are normalised per head.
+        qkv_bias: query, key and value projections (and only they) have biases.
+        layer: the pieces of a decoder layer.
+    """
+
+    config_class: type[PreTrainedConfig]
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    layer: tuple[Piece, ...] = (block_norms, attention, gated_mlp)
+
+
+# By the name in config.json's `architectures`.
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": Family(LlamaConfig),
+    "Qwen3ForCausalLM": Family(Qwen3Config, qk_norm=True),
+}
+
+
+def param_mappings(arch: ModelArch) -> dict[str, ParamMapping]:
+    """Returns every parameter of the whole model by canonical name, in the order of the network.
+
+    With tied embeddings there is no output layer: its weight is the embedding's.
+    """
+    vocab = Vocab(arch.vocab_size, arch.hidden_size)
+    mappings = [ParamMapping(EMBEDDING, ("model.embed_tokens.weight",), vocab)]
+    for i in range(arch.num_layers):
+        for piece in FAMILIES[arch.family].layer:
+            mappings.extend(piece(arch, f"decoder.layers.{i}", f"model.layers.{i}"))
+    mappings.append(
+        ParamMapping(
+            "decoder.final_layernorm.weight", ("model.norm.weight",), Replicated(arch.hidden_size)
+        )
+    )
+    if not arch.tied:
+        mappings.append(ParamMapping(OUTPUT_LAYER, ("lm_head.weight",), vocab))
+    return {mapping.megatron: mapping for mapping in mappings}
+
+
+def hf_shapes(arch: ModelArch) -> dict[str, Shape]:
+    """Returns the shape of every Hugging Face tensor of the model, by name."""
+    shapes: dict[str, Shape] = {}
+    for mapping in param_mappings(arch).values():
+        shapes.update(zip(mapping.hf, mapping.layout.hf_shapes(), strict=True))
+    return shapes
