@@ -1,0 +1,294 @@
+"""The configuration of a run: what can be set, what it means, what it is when nobody sets it.
+
+Defaults and their documentation live here, in frozen dataclasses; a YAML file under conf/ holds
+what differs. Each field's docstring is what `python -m megaopd.config conf=NAME` prints above its
+value. Rules between fields are in `megaopd.config_validate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megaopd.config_compose import compose
+from megaopd.config_schema import build, to_markdown, to_yaml
+from megaopd.config_validate import validate, validate_models
+from megaopd.errors import run_cli
+
+__all__ = ["Config", "load", "to_yaml", "validate", "validate_models"]
+
+Dtype = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Name, place and seed of a run."""
+
+    name: str = ""
+    """Name of the run; empty takes the name of the configuration."""
+    dir: str = ""
+    """Directory of everything the run writes; empty is runs/NAME."""
+    seed: int = 1234
+    """Seed of data order and sampling; the same seed and layout give the same run bit for bit."""
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The model in training."""
+
+    path: str = ""
+    """Hugging Face directory (config.json, safetensors, tokenizer) the student starts from."""
+    dtype: Dtype = "bf16"
+    """Weights and activations; with bf16 the optimizer keeps fp32 main weights."""
+    freeze: tuple[str, ...] = ()
+    """Patterns (fnmatch) over Hugging Face tensor names that are not trained."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The model that scores the student's samples."""
+
+    path: str = ""
+    """Hugging Face directory of the teacher; its tokenizer must be the student's."""
+    dtype: Dtype = "bf16"
+    """Weights and activations of the teacher."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Layout of student and teacher; the ranks that remain are data-parallel."""
+
+    tensor: int = 1
+    """Tensor-parallel size (TP); divides the attention heads and the KV heads."""
+    pipeline: int = 1
+    """Pipeline-parallel size (PP); divides the layers."""
+    context: int = 1
+    """Context-parallel size (CP)."""
+    sequence_parallel: bool = False
+    """Shard norms and residuals over the tensor-parallel group (needs tensor > 1)."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts: where they are and how they become tokens."""
+
+    name: str = ""
+    """Name of the task, for summary.json and the report."""
+    train: str = ""
+    """JSONL file of training prompts."""
+    eval: str = ""
+    """JSONL file of evaluation prompts; empty evaluates nothing."""
+    prompt_column: str = "prompt"
+    """Column of the prompt: a string, or a list of {role, content} messages."""
+    answer_column: str = "answer"
+    """Column of the reference answer; may be missing where the reward needs none."""
+    id_column: str = "id"
+    """Column of the prompt's unique id; where the column is missing, the line number is the id."""
+    chat_template: bool = False
+    """Render string prompts as one user message of the tokenizer's chat template."""
+    max_prompt_tokens: int = 1024
+    """Longest prompt; a longer one is set aside and counted."""
+    shuffle: bool = True
+    """Shuffle the prompts of each epoch, from run.seed."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How the student samples."""
+
+    kind: Literal["embedded", "recorded"] = "embedded"
+    """Engine: `embedded` generates in the trainer's processes, `recorded` replays `path`."""
+    n: int = 1
+    """Samples per prompt."""
+    max_new_tokens: int = 1024
+    """Longest response."""
+    temperature: float = 1.0
+    """Sampling temperature; on-policy distillation wants 1."""
+    top_p: float = 1.0
+    """Nucleus mass; below 1 the samples are no longer the student's own distribution."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    stop: tuple[str, ...] = ()
+    """Strings of exactly one token each that end a response, besides the model's own end tokens."""
+    batch_size: int = 64
+    """Sequences that one rank of the embedded engine generates at once."""
+    path: str = ""
+    """Rollouts to replay, for `recorded`."""
+    record: str = ""
+    """File to record every step's samples to; empty records nothing."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimised, per sampled token."""
+
+    kind: str = "reverse_kl"
+    """Divergence of student p and teacher q, an entry of megaopd.losses.DIVERGENCES."""
+    beta: float = 0.5
+    """Teacher's weight in the mixture of `jsd` (GKD, arXiv 2306.13649); weight of reverse KL in
+    `mixed`."""
+    alpha: float = 0.1
+    """Skew of `skew_forward_kl` and `skew_reverse_kl` (arXiv 2402.03898); order of `alpha`."""
+    temperature: float = 1.0
+    """Both sides' logits are divided by it."""
+    chunk_tokens: int | None = None
+    """Tokens whose logits exist at one time; none lets the engine choose."""
+    backend: Literal["auto", "eager", "compile", "triton"] = "auto"
+    """Implementation of the divergence."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and the schedule of its learning rate."""
+
+    lr: float = 1e-6
+    """Learning rate after the warm-up."""
+    min_lr: float = 0.0
+    """Learning rate at the last step, for a decaying schedule."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the schedule after the warm-up."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW)."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Global gradient norm to clip to; 0 does not clip."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length and batch of the training."""
+
+    num_steps: int = 100
+    """Optimizer steps."""
+    global_batch_size: int = 64
+    """Samples per optimizer step: global_batch_size / rollout.n prompts."""
+    micro_batch_size: int = 1
+    """Samples packed into one forward pass of a data-parallel rank."""
+    max_skipped_steps: int = 3
+    """Steps in a row with a non-finite loss or gradient that end the run."""
+    export: bool = True
+    """Write the student as a Hugging Face directory (run.dir/hf) at the end."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation of student and teacher."""
+
+    num_prompts: int = 0
+    """Evaluation prompts to use; 0 takes all of them."""
+    interval: int = 0
+    """Evaluate every so many steps; 0 evaluates before and after only."""
+    reward: str = "exact_match"
+    """How a response is scored, an entry of megaopd.rewards.REWARDS."""
+    teacher: bool = True
+    """Measure the teacher's accuracy too."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Where the metrics go, besides the console and run.dir/metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events to run.dir/tensorboard."""
+    wandb_project: str = ""
+    """Weights & Biases project; empty logs nothing there."""
+    num_report_samples: int = 8
+    """Samples shown before and after in report.html."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that can be set."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def load(argv: list[str]) -> Config:
+    """Reads ``["conf=NAME", "key=value", ...]`` into a configuration.
+
+    NAME is conf/NAME.yaml (in the working directory, then beside the package) or a path to a YAML
+    file; the rest are Hydra overrides. An empty run.name or run.dir is filled in.
+
+    Raises:
+        ConfigError: an unknown key (the nearest name is offered), a wrong type, bad YAML.
+    """
+    name, values = compose(argv, dataclasses.asdict(Config()))
+    config = build(Config, values)
+    run_name = config.run.name or name
+    run_dir = config.run.dir or str(Path("runs") / run_name)
+    return dataclasses.replace(
+        config, run=dataclasses.replace(config.run, name=run_name, dir=run_dir)
+    )
+
+
+_HELP = """\
+usage: python -m megaopd.config conf=NAME [key=value ...]   print the resolved configuration
+       python -m megaopd.config --markdown                  print the reference of all keys
+
+conf=NAME    conf/NAME.yaml in the working directory, then in the repository; or a path to a file
+key=value    overrides, as `torchrun -m megaopd.train` takes them:
+               loss.kind=jsd                     a value
+               'rollout.stop=["<|im_end|>"]'     a list (quoted, for the shell)
+               parallel=tp2                      a file of a group: conf/parallel/tp2.yaml
+
+What is printed is YAML: saved to a file it can be given back as conf=PATH. Example:
+  python -m megaopd.config conf=demo_cpu train.num_steps=10
+"""
+
+_MARKDOWN_HEAD = """\
+# Configuration
+
+<!-- Generated: python -m megaopd.config --markdown > docs/configuration.md -->
+
+A run is started with `torchrun -m megaopd.train conf=NAME key=value ...`.
+
+- `conf=NAME` is `conf/NAME.yaml`, looked for in the working directory and then in the repository,
+  or a path to a YAML file. The file holds only what differs from the defaults below.
+- `key=value` overrides one value; the syntax is Hydra's. Quote lists and strings with special
+  characters for the shell: `'rollout.stop=["<|im_end|>"]'`. Escapes such as `\\n` are read in YAML
+  files only.
+- A YAML file may start with a `defaults` list that takes in other files of `conf/`, whole groups of
+  them (`conf/parallel/tp2.yaml` is chosen by `- parallel: tp2`, or by `parallel=tp2` on the command
+  line where the list names that group).
+- A value may refer to another: `min_lr: ${optimizer.lr}`. Nothing else is interpolated, neither the
+  environment nor a resolver.
+- An unknown key, a wrong type or a rule broken between two keys ends the run before any model is
+  loaded, with one line and exit status 2.
+
+`python -m megaopd.config conf=NAME key=value ...` prints every value with its meaning.
+
+"""
+
+
+def main(argv: list[str]) -> None:
+    """The command line `python -m megaopd.config`."""
+    if not argv or {"-h", "--help"} & set(argv):
+        print(_HELP, end="")
+    elif argv == ["--markdown"]:
+        print(_MARKDOWN_HEAD + to_markdown(Config), end="")
+    else:
+        print(to_yaml(load(argv)), end="")
+
+
+if __name__ == "__main__":
+    run_cli(main, sys.argv[1:])

@@ -1,0 +1,245 @@
+"""Where the numbers of a run go: console and metrics.jsonl, TensorBoard, Weights & Biases.
+
+Names have the form ``group/name``; names that end in ``_s`` are seconds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from megaopd.config import Config
+from megaopd.errors import DataError, EnvironmentFault
+from megaopd.logger import Progress, get_logger
+
+METRICS_FILE = "metrics.jsonl"
+
+logger = get_logger(__name__)
+
+
+class _Sink(Protocol):
+    """One place that numbers go to."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class MetricsWriter:
+    """Writes the metrics of a run, from one rank: a line on the console, and files.
+
+    Args:
+        run_dir: directory of the run; created if need be.
+        config: the run's configuration (`log` says where to write; all of it is shown in W&B).
+        enabled: whether this rank writes; the others' calls do nothing.
+        resume_step: the step of the checkpoint that the run resumes from: the lines up to it are
+            kept, later ones, which will be written again, dropped. None starts a new file.
+
+    Raises:
+        EnvironmentFault: Weights & Biases is configured and not installed (on every rank).
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        config: Config,
+        enabled: bool = True,
+        resume_step: int | None = None,
+    ) -> None:
+        if config.log.wandb_project and importlib.util.find_spec("wandb") is None:
+            raise EnvironmentFault(
+                "log.wandb_project",
+                f"{config.log.wandb_project!r}, and the package wandb is not installed",
+                "pip install 'megaopd[wandb]', or leave log.wandb_project empty",
+            )
+        self._sinks: list[_Sink] = []
+        if not enabled:
+            return
+        directory = Path(run_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._sinks.append(_Console(config.train.num_steps))
+        self._sinks.append(_JsonLines(directory / METRICS_FILE, resume_step))
+        if config.log.tensorboard:
+            self._sinks.extend(_tensorboard(directory / "tensorboard", resume_step))
+        if config.log.wandb_project:
+            self._sinks.append(_WeightsAndBiases(directory, config))
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Writes the metrics of a step: numbers, booleans or one-element tensors."""
+        values = {name: float(value) for name, value in metrics.items() if name != "step"}
+        for sink in self._sinks:
+            sink.write(step, values)
+
+    def close(self) -> None:
+        """Flushes and closes every place; further writes go nowhere."""
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = []
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class _Console:
+    """The progress of the run, through the package's log."""
+
+    def __init__(self, num_steps: int) -> None:
+        self._progress = Progress(num_steps)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        logger.info(self._progress.line(step, metrics))
+
+    def close(self) -> None:
+        pass
+
+
+class _JsonLines:
+    """One JSON object per line, on disk as soon as it is written."""
+
+    def __init__(self, path: Path, resume_step: int | None) -> None:
+        kept = []
+        if resume_step is not None and path.is_file():
+            kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
+        # Replaced in one go: a run killed here still has its old file.
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text("".join(_json_line(**row) for row in kept), encoding="utf-8")
+        fresh.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._file.write(_json_line(step, **metrics))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _json_line(step: int, **metrics: float) -> str:
+    row = {"step": int(step), **{name: _encode(value) for name, value in metrics.items()}}
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def _encode(value: float) -> float | int | str:
+    """JSON has no NaN and no infinity: they become strings, which `float` reads back."""
+    if not math.isfinite(value):
+        return {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Reads metrics.jsonl: one dictionary per line, `step` an int, everything else a float.
+
+    A last line that a killed run left half written is dropped.
+
+    Raises:
+        DataError: no such file, or a line before the last that is not what `MetricsWriter` writes.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(str(path), error.strerror or str(error), "name a run's metrics") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            step = int(row.pop("step"))
+            rows.append({"step": step, **{name: float(value) for name, value in row.items()}})
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            if number == len(lines):
+                break
+            raise DataError(f"{path}:{number}", "not a line of metrics", "remove it") from error
+    return rows
+
+
+class _TensorBoard:
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _tensorboard(directory: Path, resume_step: int | None) -> list[_Sink]:
+    """The TensorBoard writer, or nothing and a warning where tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        logger.warning("log.tensorboard: tensorboard is not installed; writing metrics.jsonl alone")
+        return []
+    if resume_step is None:
+        for stale in directory.glob("events.out.tfevents.*"):
+            stale.unlink()
+        return [_TensorBoard(SummaryWriter(str(directory)))]
+    return [_TensorBoard(SummaryWriter(str(directory), purge_step=resume_step + 1))]
+
+
+class _WeightsAndBiases:
+    def __init__(self, directory: Path, config: Config) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=config.log.wandb_project,
+            name=config.run.name,
+            dir=str(directory),
+            config=asdict(config),
+        )
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class PhaseTimer:
+    """Adds up the wall-clock time of the phases of one step, from the moment it is made.
+
+    Where CUDA is in use the clock is read after the device is done, so that queued work counts for
+    the phase that queued it.
+
+    Args:
+        clock: seconds that only increase.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._started = self._now()
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times the block as part of phase `name`; of nested phases each counts all of its time."""
+        started = self._now()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - started
+
+    @property
+    def total_s(self) -> float:
+        """Seconds since the timer was made, between the phases included."""
+        return self._now() - self._started
+
+    def metrics(self) -> dict[str, float]:
+        """``time/<phase>_s`` -> seconds, for every phase so far."""
+        return {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
+
+    def _now(self) -> float:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return self._clock()
