@@ -1,0 +1,105 @@
+"""How well an engine answers prompts: generate, decode, score. It knows no model and no trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from megaopd.batch import Prompt, Sample, SamplingParams
+from megaopd.errors import DataError
+from megaopd.protocols import Reward, RolloutEngine
+
+
+class Decoder(Protocol):
+    """What evaluation asks of a tokenizer."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str: ...
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """One evaluated response.
+
+    Attributes:
+        prompt_text: the prompt as the model saw it, special tokens included.
+        response_text: the response without special tokens.
+        correct: the reward gave full marks.
+        score: the reward, in [0, 1].
+        truncated: the response reached the length limit before a stop token.
+    """
+
+    prompt_id: str
+    prompt_text: str
+    answer: str | None
+    response_text: str
+    response_ids: tuple[int, ...]
+    correct: bool
+    score: float
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """An evaluation, equal on every rank.
+
+    Attributes:
+        accuracy: mean score over the responses, in [0, 1].
+        records: one per response, ordered by prompt then index.
+        mean_length: response tokens, the stop token included.
+        truncated_fraction: responses that were cut at the length limit.
+    """
+
+    accuracy: float
+    records: tuple[EvalRecord, ...]
+    mean_length: float
+    truncated_fraction: float
+
+
+def evaluate(
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    tokenizer: Decoder,
+    params: SamplingParams,
+    *,
+    greedy: bool = True,
+) -> EvalResult:
+    """Generates and scores responses to `prompts`; collective, as the engine is.
+
+    Args:
+        params: lengths and stop tokens, and all of sampling unless `greedy`.
+        greedy: one response per prompt at temperature 0, whatever `params` says.
+
+    Raises:
+        DataError: there are no prompts, or the reward needs an answer that a prompt lacks.
+        RolloutError: the engine cannot answer.
+    """
+    if not prompts:
+        raise DataError(
+            "evaluation prompts", "there are none", "set data.eval to a file with prompts"
+        )
+    if greedy:
+        params = replace(params, temperature=0.0, n=1)
+    records = tuple(_record(s, reward, tokenizer) for s in engine.generate(prompts, params))
+    return EvalResult(
+        accuracy=sum(r.score for r in records) / len(records),
+        records=records,
+        mean_length=sum(len(r.response_ids) for r in records) / len(records),
+        truncated_fraction=sum(r.truncated for r in records) / len(records),
+    )
+
+
+def _record(sample: Sample, reward: Reward, tokenizer: Decoder) -> EvalRecord:
+    response_text = tokenizer.decode(list(sample.response_ids), skip_special_tokens=True)
+    score = reward(response_text, sample.prompt.answer)
+    return EvalRecord(
+        prompt_id=sample.prompt.prompt_id,
+        prompt_text=tokenizer.decode(list(sample.prompt.token_ids), skip_special_tokens=False),
+        answer=sample.prompt.answer,
+        response_text=response_text,
+        response_ids=sample.response_ids,
+        correct=score >= 1.0,
+        score=score,
+        truncated=sample.finish_reason == "length",
+    )

@@ -1,0 +1,98 @@
+"""The loss of training: a divergence, weighted and summed over the loss tokens of a micro-batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megaopd.batch import HiddenSignal, PackedBatch
+from megaopd.config import LossConfig
+from megaopd.losses import linear_divergence
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """What a micro-batch adds to the global batch.
+
+    Attributes:
+        loss_sum: fp32 scalar, sum over the loss tokens of weight times divergence; differentiable.
+        num_tokens: int32 scalar, the number of loss tokens; the one normaliser of the gradient.
+        sums: metric name -> fp32 scalar, a sum over the loss tokens, to be divided by their number.
+        mismatch_max: fp32 scalar, the largest |trainer - engine| log-prob of a loss token.
+    """
+
+    loss_sum: Tensor
+    num_tokens: Tensor
+    sums: dict[str, Tensor]
+    mismatch_max: Tensor
+
+
+class DivergenceObjective:
+    """Exact full-vocabulary divergence between student and teacher on the student's own samples.
+
+    Args:
+        config: which divergence, its parameters, and how it is computed.
+        vocab_size: true vocabulary size; padded entries have probability and gradient 0.
+        rollout_temperature: temperature of the sampler's log-probs, for the mismatch metrics.
+        tp_group: the student's tensor-parallel group.
+    """
+
+    def __init__(
+        self,
+        config: LossConfig,
+        vocab_size: int,
+        rollout_temperature: float,
+        tp_group: dist.ProcessGroup,
+    ) -> None:
+        self.config = config
+        self.vocab_size = vocab_size
+        self.rollout_temperature = rollout_temperature
+        self.tp_group = tp_group
+
+    def __call__(
+        self, hidden_TH: Tensor, head_VH: Tensor, batch: PackedBatch, signal: HiddenSignal
+    ) -> ObjectiveOutput:
+        """Every tensor-parallel rank calls it and holds the same result.
+
+        Args:
+            hidden_TH: the student's hidden states [T, H], equal on the ranks of tp_group.
+            head_VH: this rank's rows of the student's LM head.
+        """
+        c = self.config
+        mask = batch.loss_mask_T
+        out = linear_divergence(
+            hidden_TH,
+            head_VH,
+            signal.hidden_TH,
+            signal.head_VH,
+            kind=c.kind,
+            beta=c.beta,
+            alpha=c.alpha,
+            temperature=c.temperature,
+            vocab_size=self.vocab_size,
+            tp_group=self.tp_group,
+            chunk_tokens=c.chunk_tokens,
+            backend=c.backend,
+            labels_T=batch.labels_T,
+            logprob_temperature=self.rollout_temperature,
+            weights_T=batch.token_weights_T * mask,
+        )
+
+        # The engine sampled the tokens, so expm1(d) - d with d = log p_trainer - log p_engine is an
+        # unbiased, non-negative estimate of KL(engine || trainer) (k3, joschu.net/blog/kl-approx).
+        delta = torch.where(mask, out.student_logprobs_T - batch.rollout_logprobs_T, 0.0)
+        sums = {
+            "loss/divergence": _masked_sum(out.loss_T, mask),
+            "student/entropy": _masked_sum(out.student_entropy_T, mask),
+            "teacher/entropy": _masked_sum(out.teacher_entropy_T, mask),
+            "rollout/mismatch_kl": (torch.expm1(delta) - delta).sum(),
+        }
+        mismatch_max = delta.abs().max() if delta.numel() else delta.new_zeros(())
+        return ObjectiveOutput(out.loss_sum, mask.sum().to(torch.int32), sums, mismatch_max.float())
+
+
+def _masked_sum(values_T: Tensor, mask_T: Tensor) -> Tensor:
+    return torch.where(mask_T, values_T.detach(), 0.0).sum()

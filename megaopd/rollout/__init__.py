@@ -1,0 +1,1 @@
+"""Where samples come from: engines that implement `megaopd.protocols.RolloutEngine`."""

@@ -1,0 +1,125 @@
+"""Samples kept in a file: recording what an engine sampled, and replaying it as an engine.
+
+A replay gives two runs the same samples, so that what differs between them is the training alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megaopd.batch import Prompt, Sample, SamplingParams
+from megaopd.errors import DataError, RolloutError
+
+
+class SampleRecorder:
+    """Writes samples to a JSONL file, one line per step: ``{step, weight_version, samples}``.
+
+    Floats are written with all their digits, so that a replay is exact. One rank records.
+
+    Args:
+        path: the file; one that is there is replaced.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text("")
+        except OSError as error:
+            raise DataError(
+                str(path), f"cannot be written ({error.strerror})", "choose another file"
+            ) from error
+
+    def record(self, step: int, samples: Sequence[Sample]) -> None:
+        """Appends the samples of one step; they are on disk when the call returns."""
+        line = {
+            "step": step,
+            "weight_version": samples[0].weight_version if samples else None,
+            "samples": [asdict(sample) for sample in samples],
+        }
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class RecordedEngine:
+    """A `RolloutEngine` that answers the k-th `generate` with the k-th step of a file.
+
+    Every rank reads the file. Samples carry the weight version that really sampled them.
+
+    Args:
+        path: what `SampleRecorder` wrote.
+
+    Raises:
+        DataError: no such file; later, in `generate`, a line that is not a recorded step.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.weight_version = 0
+        self._path = Path(path)
+        if not self._path.is_file():
+            raise DataError(str(path), "there is no such file", "check rollout.path")
+        self._lines = self._read_lines()
+
+    def load_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
+        """Notes the version; nothing is taken from the iterator."""
+        self.weight_version = version
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Sample]:
+        """Returns the next recorded step.
+
+        Raises:
+            RolloutError: no step is left, or it was recorded for other prompts.
+            DataError: the file is damaged; the message names the line.
+        """
+        step, samples = self._next_step()
+        where = f"{self._path} step {step}"
+        remedy = "replay with the data, seed and batch size of the recording"
+        wanted = [(prompt, index) for prompt in prompts for index in range(params.n)]
+        for (prompt, index), sample in zip(wanted, samples, strict=False):
+            asked = f"{prompt.prompt_id}/{index}"
+            if sample.sample_id != asked:
+                found = f"sample {sample.sample_id} is recorded where {asked} is asked for"
+                raise RolloutError(where, found, remedy)
+            if sample.prompt.token_ids != prompt.token_ids:
+                found = f"prompt {prompt.prompt_id} was recorded with other token ids"
+                raise RolloutError(where, found, remedy)
+        if len(samples) != len(wanted):
+            found = f"{len(samples)} samples are recorded where {len(wanted)} are asked for"
+            raise RolloutError(where, found, remedy)
+        return samples
+
+    def _read_lines(self) -> Iterator[tuple[int, bytes]]:
+        with self._path.open("rb") as file:
+            yield from enumerate(file, start=1)
+
+    def _next_step(self) -> tuple[int, list[Sample]]:
+        number, line = next(self._lines, (0, b""))
+        if not number:
+            raise RolloutError(
+                str(self._path), "no recorded step is left", "lower train.num_steps or record more"
+            )
+        try:
+            row = json.loads(line)
+            return row["step"], [_sample(fields) for fields in row["samples"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{self._path}:{number}",
+                f"not a recorded step ({type(error).__name__}: {error})",
+                "record the rollouts again",
+            ) from error
+
+
+def _sample(fields: dict[str, Any]) -> Sample:
+    prompt = dict(fields["prompt"])
+    prompt["token_ids"] = tuple(prompt["token_ids"])
+    tuples = {k: tuple(fields[k]) for k in ("response_ids", "response_logprobs", "response_mask")}
+    return Sample(**{**fields, **tuples, "prompt": Prompt(**prompt)})

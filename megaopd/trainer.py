@@ -1,0 +1,200 @@
+"""The loop of on-policy distillation. It knows protocols only: no Megatron, no SGLang."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from megaopd.batch import PackedBatch, Prompt, Sample, SamplingParams
+from megaopd.config import Config
+from megaopd.data.prompts import PromptStream
+from megaopd.errors import NumericError
+from megaopd.evaluation import EvalResult
+from megaopd.logger import get_logger
+from megaopd.metrics import MetricsWriter, PhaseTimer
+from megaopd.protocols import RolloutEngine, StepResult, Student, Teacher, WeightSync
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of the student on the held-out prompts.
+
+    Attributes:
+        greedy: accuracy and responses under greedy decoding.
+        reverse_kl: mean reverse KL to the teacher over the tokens of samples at the rollout's temperature.
+    """
+
+    greedy: EvalResult
+    reverse_kl: float
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a finished run amounts to; `before` and `after` are None without evaluation prompts."""
+
+    before: Evaluation | None
+    after: Evaluation | None
+    num_steps: int
+    train_wall_s: float
+    mismatch_kl_max: float
+
+
+class OPDTrainer:
+    """prompts -> rollout -> pack -> teacher -> student step -> weight sync, `train.num_steps` times.
+
+    Every method is collective: all ranks call it in step.
+
+    Args:
+        config: the run.
+        student: the model in training.
+        teacher: scores the student's samples.
+        engine: samples from the student.
+        weight_sync: brings the student's weights to the engine.
+        prompts: the stream of training prompts.
+        sampling: how to sample; its seed is the run's.
+        make_micro_batches: packs samples into this rank's micro-batches.
+        evaluate_greedy: greedy accuracy of an engine on the held-out prompts; None evaluates nothing.
+        eval_prompts: the held-out prompts.
+        metrics: where metrics go.
+        record: takes (step, samples) of every training step, to replay them later.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        student: Student,
+        teacher: Teacher,
+        engine: RolloutEngine,
+        weight_sync: WeightSync,
+        prompts: PromptStream,
+        sampling: SamplingParams,
+        make_micro_batches: Callable[[Sequence[Sample]], list[PackedBatch]],
+        evaluate_greedy: Callable[[RolloutEngine], EvalResult] | None,
+        eval_prompts: Sequence[Prompt],
+        metrics: MetricsWriter,
+        record: Callable[[int, Sequence[Sample]], None] | None = None,
+    ) -> None:
+        self.config = config
+        self.student, self.teacher, self.engine = student, teacher, engine
+        self.weight_sync = weight_sync
+        self.prompts, self.sampling = prompts, sampling
+        self.make_micro_batches = make_micro_batches
+        self.evaluate_greedy, self.eval_prompts = evaluate_greedy, eval_prompts
+        self.metrics = metrics
+        self.record = record
+        self.mismatch_kl_max = 0.0
+        self._skipped_in_a_row = 0
+
+    def fit(self) -> FitResult:
+        """Runs all steps, evaluating before, after and every `eval.interval` steps.
+
+        Raises:
+            NumericError: `train.max_skipped_steps` steps in a row had a non-finite loss or gradient.
+        """
+        num_steps, interval = self.config.train.num_steps, self.config.eval.interval
+        self.weight_sync.sync(self.student, self.engine, version=0)
+        before = after = self.evaluate(step=0)
+        train_wall_s = 0.0
+        for step in range(1, num_steps + 1):
+            start = time.monotonic()
+            self.step(step)
+            train_wall_s += time.monotonic() - start
+            if step == num_steps or (interval and step % interval == 0):
+                after = self.evaluate(step)
+        return FitResult(before, after, num_steps, train_wall_s, self.mismatch_kl_max)
+
+    def step(self, step: int) -> StepResult:
+        """One on-policy step, numbered from 1."""
+        timer = PhaseTimer()
+        with timer.phase("rollout"):
+            prompts = self.prompts.next(
+                self.config.train.global_batch_size // self.config.rollout.n
+            )
+            samples = self.engine.generate(prompts, self._seeded("train", step))
+        if self.record is not None:
+            self.record(step, samples)
+        with timer.phase("pack"):
+            micro_batches = self.make_micro_batches(samples)
+        with timer.phase("teacher"):
+            signals = self.teacher.score(micro_batches)
+        with timer.phase("student"):
+            result = self.student.train_step(micro_batches, signals)
+        del signals
+        with timer.phase("weight_sync"):
+            if not result.skipped:
+                self.weight_sync.sync(self.student, self.engine, version=step)
+
+        self._log_step(step, samples, result, timer)
+        self._check_finite(step, samples, result)
+        return result
+
+    def evaluate(self, step: int) -> Evaluation | None:
+        """Greedy accuracy and reverse KL on the held-out prompts."""
+        if self.evaluate_greedy is None:
+            return None
+        timer = PhaseTimer()
+        with timer.phase("eval"):
+            greedy = self.evaluate_greedy(self.engine)
+            # The same random numbers at every evaluation: what differs is the student.
+            samples = self.engine.generate(self.eval_prompts, replace(self._seeded("eval", 0), n=1))
+            micro_batches = self.make_micro_batches(samples)
+            result = self.student.evaluate(micro_batches, self.teacher.score(micro_batches))
+        evaluation = Evaluation(greedy, result.metrics["loss/divergence"])
+        self.metrics.write(
+            step,
+            {
+                "eval/accuracy": greedy.accuracy,
+                "eval/reverse_kl": evaluation.reverse_kl,
+                "eval/response_tokens_mean": greedy.mean_length,
+                "eval/truncated_fraction": greedy.truncated_fraction,
+                **timer.metrics(),
+            },
+        )
+        return evaluation
+
+    def _seeded(self, purpose: str, step: int) -> SamplingParams:
+        digest = hashlib.sha256(f"{self.config.run.seed}/{purpose}/{step}".encode()).digest()
+        return replace(self.sampling, seed=int.from_bytes(digest[:6], "big"))
+
+    def _log_step(
+        self, step: int, samples: Sequence[Sample], result: StepResult, timer: PhaseTimer
+    ) -> None:
+        mismatch_kl = result.metrics.get("rollout/mismatch_kl", 0.0)
+        self.mismatch_kl_max = max(self.mismatch_kl_max, mismatch_kl)
+        lengths = [len(s.response_ids) for s in samples]
+        num_tokens = sum(len(s.prompt.token_ids) + len(s.response_ids) for s in samples)
+        self.metrics.write(
+            step,
+            {
+                **result.metrics,
+                "rollout/response_tokens_mean": sum(lengths) / len(lengths),
+                "rollout/truncated_fraction": sum(s.finish_reason == "length" for s in samples)
+                / len(samples),
+                "train/loss_tokens": result.num_tokens,
+                "train/skipped": float(result.skipped),
+                "perf/tokens_per_s": num_tokens / timer.total_s,
+                **timer.metrics(),
+            },
+        )
+
+    def _check_finite(self, step: int, samples: Sequence[Sample], result: StepResult) -> None:
+        if not result.skipped:
+            self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        ids = result.nonfinite_sample_ids or tuple(s.sample_id for s in samples)
+        logger.warning(
+            "step %d skipped: loss or gradient is not finite; samples %s", step, ", ".join(ids)
+        )
+        if self._skipped_in_a_row >= self.config.train.max_skipped_steps:
+            raise NumericError(
+                f"step {step}",
+                f"loss or gradient not finite {self._skipped_in_a_row} steps in a row, "
+                f"last with samples {', '.join(ids[:8])}",
+                "lower optimizer.lr, or look at these samples and at the teacher's weights",
+            )

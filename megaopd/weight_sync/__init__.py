@@ -1,0 +1,1 @@
+"""Ways to bring the student's weights into a rollout engine."""
