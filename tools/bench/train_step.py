@@ -1,0 +1,280 @@
+"""Time and peak memory of one distillation step: megaopd beside plain transformers and TRL's loss.
+
+    python tools/bench/train_step.py [--tokens 2048] [--steps 5] [--out train_step.json] [--no-trl]
+
+The same batch, the same random Qwen3-shaped pair (hidden 512, 8 and 4 layers, 8 heads, 4 KV heads,
+vocabulary 151,936), the same cores: megaopd runs its teacher phase and student phase (optimizer step
+included) with TP = number of cores and one thread a rank; the others run teacher forward, student forward
+with full logits, autograd and AdamW in one process with that many threads. The three take turns in one
+run, each in fresh processes. Memory is the highest resident set of all processes of a contender
+together, sampled every 20 ms, as it is and above the moment before the first step.
+
+TRL is installed by this script into a folder of its own (.bench/trl), never into the project.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCH = ROOT / ".bench"
+MODELS = BENCH / "train_step"
+SEQ = 256
+VOCAB = 151_936
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 4096,
+}
+
+
+def make_models() -> None:
+    """Writes the random pair once; the tokenizer plays no part."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    for name, layers, seed in (("teacher", 8, 0), ("student", 4, 1)):
+        if not (MODELS / name / "config.json").is_file():
+            torch.manual_seed(seed)
+            model = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=layers, **SHAPE))
+            model.save_pretrained(MODELS / name)
+
+
+def batch_ids(num_tokens: int) -> torch.Tensor:
+    """[num_tokens / 256, 256] token ids, the same for every contender."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.randint(0, VOCAB, (num_tokens // SEQ, SEQ), generator=generator)
+
+
+def timed(step: Any, num_steps: int, rank: int = 0) -> dict[str, Any]:
+    """Runs one warm-up and `num_steps` timed steps; tells the parent when the first one starts."""
+    if rank == 0:
+        print("READY", flush=True)
+    time.sleep(0.3)
+    step()
+    seconds = []
+    for _ in range(num_steps):
+        start = time.perf_counter()
+        loss = step()
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": sorted(seconds)[len(seconds) // 2], "loss": float(loss)}
+
+
+def run_megaopd(num_tokens: int, num_steps: int) -> dict[str, Any]:
+    from megaopd.batch import Prompt, Sample
+    from megaopd.config import (
+        Config,
+        OptimizerConfig,
+        ParallelConfig,
+        StudentConfig,
+        TeacherConfig,
+    )
+    from megaopd.data.packing import micro_batches
+    from megaopd.engine.student import MegatronStudent
+    from megaopd.models.arch import read_arch
+    from megaopd.models.build import padded_vocab_size
+    from megaopd.parallel import groups as parallel_groups
+    from megaopd.parallel.device import init_distributed
+    from megaopd.teacher.megatron import MegatronTeacher
+
+    device = init_distributed()
+    tp_size = int(os.environ["WORLD_SIZE"])
+    config = Config(
+        student=StudentConfig(path=str(MODELS / "student"), dtype="fp32"),
+        teacher=TeacherConfig(path=str(MODELS / "teacher"), dtype="fp32"),
+        parallel=ParallelConfig(tensor=tp_size),
+        optimizer=OptimizerConfig(lr=1e-5),
+    )
+    groups = parallel_groups.initialize(config.parallel, device, seed=1)
+    rows = padded_vocab_size(VOCAB, tp_size)
+    student_arch = read_arch(config.student.path)
+    teacher_arch = read_arch(config.teacher.path)
+    teacher = MegatronTeacher(config.teacher, config.parallel, teacher_arch, groups, rows)
+    student = MegatronStudent(config, student_arch, groups, rows, VOCAB)
+    samples = []
+    for i, row in enumerate(batch_ids(num_tokens).tolist()):
+        # Every position but the last has a label, as in the plain version.
+        ids = tuple(row[1:])
+        samples.append(
+            Sample(
+                Prompt(str(i), (row[0],)), 0, ids, (0.0,) * len(ids), (True,) * len(ids), "stop", 0
+            )
+        )
+    packs = micro_batches(samples, len(samples), 0, 1, tp_size)
+
+    def step() -> float:
+        result = student.train_step(packs, teacher.score(packs))
+        return result.metrics["loss/divergence"]
+
+    result = timed(step, num_steps, groups.tp.rank())
+    if groups.tp.rank() != 0:
+        parallel_groups.shutdown()
+        raise SystemExit(0)
+    return result
+
+
+def run_transformers(num_tokens: int, num_steps: int, use_trl: bool) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    teacher, student = (
+        AutoModelForCausalLM.from_pretrained(MODELS / name, dtype=torch.float32)
+        for name in ("teacher", "student")
+    )
+    teacher.eval()
+    student.train()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, weight_decay=0.0)
+    ids = batch_ids(num_tokens)
+    if use_trl:
+        sys.path.insert(0, str(BENCH / "trl"))
+        try:
+            from trl.experimental.gkd import GKDTrainer
+        except ImportError:
+            from trl import GKDTrainer
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        with torch.no_grad():
+            teacher_logits = teacher(ids).logits[:, :-1]
+        student_logits = student(ids).logits[:, :-1]
+        if use_trl:
+            # Its beta = 1 is the reverse KL.
+            loss = GKDTrainer.generalized_jsd_loss(student_logits, teacher_logits, beta=1.0)
+            loss = loss * student_logits.size(0) / (ids.size(0) * (SEQ - 1)) * (SEQ - 1)
+        else:
+            log_p = student_logits.log_softmax(-1)
+            log_q = teacher_logits.log_softmax(-1)
+            loss = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        return loss.detach()
+
+    return timed(step, num_steps)
+
+
+class MemorySampler(threading.Thread):
+    """Highest resident memory of a process and its children together, in bytes."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.process = psutil.Process(pid)
+        self.peak = 0
+        self.stopped = threading.Event()
+
+    def now(self) -> int:
+        total = 0
+        for process in [self.process, *self.process.children(recursive=True)]:
+            try:
+                # The torchrun agent is not part of the step.
+                if "torch.distributed.run" not in " ".join(process.cmdline()[:3]):
+                    total += process.memory_info().rss
+            except psutil.Error:
+                continue
+        return total
+
+    def run(self) -> None:
+        while not self.stopped.wait(0.02):
+            try:
+                self.peak = max(self.peak, self.now())
+            except psutil.Error:
+                return
+
+
+def measure(contender: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Runs a contender in fresh processes and returns its time, loss and memory."""
+    cores = len(os.sched_getaffinity(0))
+    command = [sys.executable]
+    env = dict(os.environ)
+    if contender == "megaopd":
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(cores)]
+        env["OMP_NUM_THREADS"] = "1"
+    command += [__file__, "--role", contender, "--tokens", str(args.tokens)]
+    command += ["--steps", str(args.steps)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT, start_new_session=True
+    )
+    assert process.stdout is not None
+    sampler = MemorySampler(process.pid)
+    before = 0
+    result: dict[str, Any] = {}
+    try:
+        for line in process.stdout:
+            if line.startswith("READY"):
+                before = sampler.now()
+                sampler.start()
+            elif line.startswith("RESULT "):
+                result = json.loads(line.removeprefix("RESULT "))
+        if process.wait(timeout=60) != 0 or not result:
+            raise SystemExit(f"{contender} failed with status {process.returncode}")
+    finally:
+        sampler.stopped.set()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    result["peak_gib"] = sampler.peak / 2**30
+    result["peak_above_start_gib"] = (sampler.peak - before) / 2**30
+    return result
+
+
+def install_trl() -> None:
+    target = BENCH / "trl"
+    if not (target / "trl").is_dir():
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target"]
+        subprocess.run([*command, str(target), "trl", "accelerate", "datasets"], check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=2048, help="packed tokens of the batch")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps; the median is reported")
+    parser.add_argument("--out", type=Path, default=BENCH / "train_step.json")
+    parser.add_argument("--no-trl", action="store_true", help="leave TRL out")
+    parser.add_argument("--role", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.role:
+        if args.role == "megaopd":
+            result = run_megaopd(args.tokens, args.steps)
+        else:
+            result = run_transformers(args.tokens, args.steps, use_trl=args.role == "trl")
+        print("RESULT " + json.dumps(result), flush=True)
+        return
+
+    make_models()
+    contenders = ["megaopd", "plain"]
+    if not args.no_trl:
+        install_trl()
+        contenders.append("trl")
+    results = {name: measure(name, args) for name in contenders}
+    ours = results["megaopd"]
+    print(f"{'':10} {'s/step':>8} {'x ours':>7} {'peak GiB':>9} {'x ours':>7} {'above':>7} loss")
+    for name, r in results.items():
+        print(
+            f"{name:10} {r['seconds']:8.2f} {r['seconds'] / ours['seconds']:7.2f} "
+            f"{r['peak_gib']:9.2f} {r['peak_gib'] / ours['peak_gib']:7.2f} "
+            f"{r['peak_above_start_gib']:7.2f} {r['loss']:.5f}"
+        )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps({"tokens": args.tokens, **results}, indent=2) + "\n")
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
