@@ -3,8 +3,8 @@
 Suffixes name logical dimensions: N samples, T packed tokens of one micro-batch on this rank,
 S sequences in a pack, V vocabulary (a rank holds its shard), K top-k, H hidden size.
 
-Alignment is a rule: position t of everything that ends in `_T` speaks about `labels_T[t]`. Labels are
-shifted in `megaopd.data.packing` and nowhere else.
+Alignment is a rule: position t of everything that ends in `_T` speaks about `labels_T[t]`. Labels
+are shifted in `megaopd.data.packing` and nowhere else.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Sample:
         prompt: the prompt.
         index: which of the n samples of this prompt this is, from 0.
         response_ids: R sampled token ids, the stop token included.
-        response_logprobs: R log-probabilities of those tokens under the sampler's temperature-scaled,
-            un-truncated softmax.
+        response_logprobs: R log-probabilities of those tokens under the sampler's
+            temperature-scaled, un-truncated softmax.
         response_mask: R flags; False on tokens that the model did not produce (tool output).
         finish_reason: "stop" (a stop token was sampled) or "length".
         weight_version: the version of the weights that sampled it.
@@ -65,8 +65,8 @@ class SamplingParams:
     """How to sample. `temperature=0` is greedy; `top_k=0` and `top_p=1` leave the softmax whole.
 
     Attributes:
-        seed: with the prompt's id and the sample's index it determines the random numbers of a sample,
-            whatever the batch or the number of ranks.
+        seed: with the prompt's id and the sample's index it determines the random numbers of a
+            sample, whatever the batch or the number of ranks.
         stop_token_ids: sampling one of these ends the response ("stop").
     """
 
@@ -85,12 +85,14 @@ class PackedBatch:
 
     Attributes:
         tokens_T: int64 input tokens.
-        labels_T: int64, the token that follows tokens_T[t] in its own sequence (0 where there is none).
+        labels_T: int64, the token that follows tokens_T[t] in its own sequence (0 where there is
+            none).
         positions_T: int64 position of tokens_T[t] in its sequence.
         loss_mask_T: bool, True where labels_T[t] is a response token that the model produced.
         rollout_logprobs_T: fp32 log-probability of labels_T[t] under the sampler, 0 off the mask.
         token_weights_T: fp32 weight of the token's loss.
-        cu_seqlens: int32 [S + 1], starts of the sequences and the end; the padding is a sequence too.
+        cu_seqlens: int32 [S + 1], starts of the sequences and the end; the padding is a sequence
+            too.
         sample_ids: the S' <= S ids of the real sequences, in order.
     """
 

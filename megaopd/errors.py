@@ -54,8 +54,8 @@ class RolloutError(MegaOPDError):
 def run_cli(main: Callable[[list[str]], None], argv: list[str]) -> None:
     """Runs `main(argv)`; turns a `MegaOPDError` into one line and its exit status.
 
-    ``--debug`` anywhere in argv is removed and lets the traceback through. Under torchrun every rank
-    finds the same configuration error, and rank 0 alone prints it. The process leaves through
+    ``--debug`` anywhere in argv is removed and lets the traceback through. Under torchrun every
+    rank finds the same configuration error, and rank 0 alone prints it. The process leaves through
     `os._exit` because the other ranks may be waiting in a collective that will never complete.
     """
     debug = "--debug" in argv

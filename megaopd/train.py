@@ -1,7 +1,7 @@
 """Trains: `torchrun --nproc-per-node N -m megaopd.train conf=NAME key=value ...`.
 
-The only place where concrete classes meet: it reads the configuration, checks everything that can be
-checked before a device is touched, builds the parts and hands them to the trainer.
+The only place where concrete classes meet: it reads the configuration, checks everything that can
+be checked before a device is touched, builds the parts and hands them to the trainer.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ class Evaluation:
 
     Attributes:
         greedy: accuracy and responses under greedy decoding.
-        reverse_kl: mean reverse KL to the teacher over the tokens of samples at the rollout's temperature.
+        reverse_kl: mean reverse KL to the teacher over the tokens of samples at the rollout's
+            temperature.
     """
 
     greedy: EvalResult
@@ -44,7 +45,8 @@ class FitResult:
 
 
 class OPDTrainer:
-    """prompts -> rollout -> pack -> teacher -> student step -> weight sync, `train.num_steps` times.
+    """prompts -> rollout -> pack -> teacher -> student step -> weight sync, `train.num_steps`
+    times.
 
     Every method is collective: all ranks call it in step.
 
@@ -57,7 +59,8 @@ class OPDTrainer:
         prompts: the stream of training prompts.
         sampling: how to sample; its seed is the run's.
         make_micro_batches: packs samples into this rank's micro-batches.
-        evaluate_greedy: greedy accuracy of an engine on the held-out prompts; None evaluates nothing.
+        evaluate_greedy: greedy accuracy of an engine on the held-out prompts; None evaluates
+            nothing.
         eval_prompts: the held-out prompts.
         metrics: where metrics go.
         record: takes (step, samples) of every training step, to replay them later.
@@ -94,7 +97,8 @@ class OPDTrainer:
         """Runs all steps, evaluating before, after and every `eval.interval` steps.
 
         Raises:
-            NumericError: `train.max_skipped_steps` steps in a row had a non-finite loss or gradient.
+            NumericError: `train.max_skipped_steps` steps in a row had a non-finite loss or
+                gradient.
         """
         num_steps, interval = self.config.train.num_steps, self.config.eval.interval
         self.weight_sync.sync(self.student, self.engine, version=0)

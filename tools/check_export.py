@@ -1,8 +1,8 @@
 """Checks the Hugging Face directory that a run exported against the run's own last evaluation.
 
-Loads RUN/hf with plain transformers, generates greedily for the evaluation prompts, one at a time, and
-compares token by token with what the trained model answered in its evaluation (RUN/eval_after.jsonl).
-Writes `export_greedy_identical` and the counts into RUN/summary.json.
+Loads RUN/hf with plain transformers, generates greedily for the evaluation prompts, one at a time,
+and compares token by token with what the trained model answered in its evaluation
+(RUN/eval_after.jsonl). Writes `export_greedy_identical` and the counts into RUN/summary.json.
 
     python tools/check_export.py runs/demo [--prompts 32]
 """

@@ -12,8 +12,8 @@ from torch import Tensor
 from megaopd.batch import PackedBatch
 from megaopd.parallel.groups import ParallelGroups
 
-# (micro-batch index, micro-batch, hidden states of the last stage) -> what Megatron's schedule wants
-# of a loss function: (loss sum, number of tokens, what to collect).
+# (micro-batch index, micro-batch, hidden states of the last stage) -> what Megatron's schedule
+# wants of a loss function: (loss sum, number of tokens, what to collect).
 LossFunction = Callable[[int, PackedBatch, Tensor], tuple[Tensor, Tensor, Any]]
 
 

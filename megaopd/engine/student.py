@@ -85,7 +85,8 @@ class MegatronStudent:
     def train_step(
         self, micro_batches: Sequence[PackedBatch], signals: Sequence[HiddenSignal]
     ) -> StepResult:
-        """One optimizer step on the global batch; skipped where a loss or gradient is not finite."""
+        """One optimizer step on the global batch; skipped where a loss or gradient is not
+        finite."""
         self.ddp.train()
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()

@@ -74,7 +74,7 @@ def topk_divergence(
     if teacher_ids.numel():
         low, high = teacher_ids.aminmax()
         require(
-            0 <= int(low) and int(high) < shard.vocab_size,
+            int(low) >= 0 and int(high) < shard.vocab_size,
             "teacher_ids",
             f"ids from {int(low)} to {int(high)}",
             f"give ids below the vocabulary, {shard.vocab_size}",

@@ -1,8 +1,9 @@
 """Causal attention over packed sequences, and the norm, for Megatron's local spec.
 
-Used where TransformerEngine is not there. Megatron's own `DotProductAttention` knows no packing, and
-its `WrappedTorchNorm` no sequence parallelism. Nothing here builds a [T, T] mask: each sequence of the
-pack is attended to by itself, by torch's varlen kernel on a GPU and by one SDPA call a sequence elsewhere.
+Used where TransformerEngine is not there. Megatron's own `DotProductAttention` knows no packing,
+and its `WrappedTorchNorm` no sequence parallelism. Nothing here builds a [T, T] mask: each
+sequence of the pack is attended to by itself, by torch's varlen kernel on a GPU and by one SDPA
+call a sequence elsewhere.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm as Megatron builds one, usable with sequence parallelism.
 
     Under sequence parallelism a rank norms only its slice of the tokens, so its weight gradient is
-    partial; the mark on the weight makes `finalize_model_grads` sum it over the tensor-parallel group.
+    partial; the mark on the weight makes `finalize_model_grads` sum it over the tensor-parallel
+    group.
     """
 
     def __init__(

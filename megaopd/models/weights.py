@@ -1,7 +1,8 @@
 """Moves weights between Hugging Face tensors and the shards of a running model.
 
-Loading: every rank reads the slices it holds. Export: the tensor-parallel ranks of the stage that owns a
-parameter gather its shards, one parameter at a time; both use the family's one mapping table.
+Loading: every rank reads the slices it holds. Export: the tensor-parallel ranks of the stage that
+owns a parameter gather its shards, one parameter at a time; both use the family's one mapping
+table.
 """
 
 from __future__ import annotations

@@ -2,14 +2,15 @@
 
 Megatron-Core names the CUDA device in many places: `torch.zeros(..., device="cuda")`,
 `torch.cuda.current_device()`, `tensor.cuda()`, `tensor.type() == "torch.cuda.FloatTensor"`. On a
-machine without CUDA all of these are meant to be "the device of this rank", which is the CPU. An import
-hook gives modules named `megatron.*`, and only those, a view of torch in which that is so: their global
-`torch` is a `_TorchView`, and the two tensor methods that a view cannot reach are rewritten in their
-syntax tree. torch itself is left as it is, so every other library in the process sees it unchanged
-(patching it for all silently corrupts transformers' rotary embeddings).
+machine without CUDA all of these are meant to be "the device of this rank", which is the CPU. An
+import hook gives modules named `megatron.*`, and only those, a view of torch in which that is so:
+their global `torch` is a `_TorchView`, and the two tensor methods that a view cannot reach are
+rewritten in their syntax tree. torch itself is left as it is, so every other library in the
+process sees it unchanged (patching it for all silently corrupts transformers' rotary embeddings).
 
-`install()` runs when megaopd is imported, before megatron can be; the hook decides at the first import
-of megatron whether there is CUDA, and does nothing where there is. Nothing here imports torch earlier.
+`install()` runs when megaopd is imported, before megatron can be; the hook decides at the first
+import of megatron whether there is CUDA, and does nothing where there is. Nothing here imports
+torch earlier.
 """
 
 from __future__ import annotations
@@ -141,7 +142,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
 
 class _Finder:
-    """Meta-path finder that hands `megatron.*` source modules to `_Loader` where CUDA is missing."""
+    """Meta-path finder that hands `megatron.*` source modules to `_Loader` where CUDA is
+    missing."""
 
     def __init__(self) -> None:
         self.view: _ModuleView | None = None

@@ -14,8 +14,8 @@ from megaopd.errors import EnvironmentFault
 def init_distributed(timeout_s: float = 600.0) -> torch.device:
     """Joins the process group that torchrun describes and returns this rank's device.
 
-    Without torchrun's environment the process is a world of one. On CPU the threads of the machine are
-    shared out over the ranks of this node unless OMP_NUM_THREADS says otherwise.
+    Without torchrun's environment the process is a world of one. On CPU the threads of the machine
+    are shared out over the ranks of this node unless OMP_NUM_THREADS says otherwise.
 
     Raises:
         EnvironmentFault: more ranks on this node than GPUs.

@@ -17,7 +17,8 @@ class ParallelGroups:
     """The groups of this rank, as Megatron takes them, and its place in them.
 
     Attributes:
-        collection: Megatron's collection, passed explicitly to model, DDP, schedule and finalisation.
+        collection: Megatron's collection, passed explicitly to model, DDP, schedule and
+            finalisation.
         device: this rank's device.
     """
 

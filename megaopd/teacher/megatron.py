@@ -1,4 +1,5 @@
-"""The teacher as a Megatron model on the trainer's ranks. It hands over hidden states, not logits."""
+"""The teacher as a Megatron model on the trainer's ranks. It hands over hidden states, not
+logits."""
 
 from __future__ import annotations
 
@@ -20,10 +21,12 @@ class MegatronTeacher:
     """Implements `megaopd.protocols.Teacher`.
 
     Its layout is the student's and its vocabulary is padded to the student's rows, so its own head
-    shard lies in the student's vocabulary partition and its hidden states on the ranks that need them.
+    shard lies in the student's vocabulary partition and its hidden states on the ranks that need
+    them.
 
     Args:
-        vocab_rows: padded rows of the head over all tensor-parallel ranks, the same as the student's.
+        vocab_rows: padded rows of the head over all tensor-parallel ranks, the same as the
+            student's.
     """
 
     def __init__(

@@ -1,4 +1,5 @@
-"""Weight sync to an engine in the trainer's own process: one gathered tensor at a time, no copy kept."""
+"""Weight sync to an engine in the trainer's own process: one gathered tensor at a time, no copy
+kept."""
 
 from __future__ import annotations
 

@@ -3,11 +3,12 @@
     python tools/bench/train_step.py [--tokens 2048] [--steps 5] [--out train_step.json] [--no-trl]
 
 The same batch, the same random Qwen3-shaped pair (hidden 512, 8 and 4 layers, 8 heads, 4 KV heads,
-vocabulary 151,936), the same cores: megaopd runs its teacher phase and student phase (optimizer step
-included) with TP = number of cores and one thread a rank; the others run teacher forward, student forward
-with full logits, autograd and AdamW in one process with that many threads. The three take turns in one
-run, each in fresh processes. Memory is the highest resident set of all processes of a contender
-together, sampled every 20 ms, as it is and above the moment before the first step.
+vocabulary 151,936), the same cores: megaopd runs its teacher phase and student phase (optimizer
+step included) with TP = number of cores and one thread a rank; the others run teacher forward,
+student forward with full logits, autograd and AdamW in one process with that many threads. The
+three take turns in one run, each in fresh processes. Memory is the highest resident set of all
+processes of a contender together, sampled every 20 ms, as it is and above the moment before the
+first step.
 
 TRL is installed by this script into a folder of its own (.bench/trl), never into the project.
 """
