@@ -9,7 +9,8 @@ are shifted in `megaopd.data.packing` and nowhere else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,11 +111,13 @@ class PackedBatch:
         return int((self.cu_seqlens[1:] - self.cu_seqlens[:-1]).max())
 
     def to(self, device: torch.device) -> PackedBatch:
-        moved = {
-            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
-            for k, v in self.__dict__.items()
+        """The same micro-batch on `device`."""
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
         }
-        return PackedBatch(**moved)
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)

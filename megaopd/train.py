@@ -44,8 +44,16 @@ def main(argv: list[str]) -> None:
     if not argv or "--help" in argv or "-h" in argv:
         print(USAGE, end="")
         return
+    from megaopd.losses import DIVERGENCES
+    from megaopd.rewards import REWARDS
+
     config = load(argv)
-    validate(config, int(os.environ.get("WORLD_SIZE", "1")))
+    validate(
+        config,
+        int(os.environ.get("WORLD_SIZE", "1")),
+        divergences=tuple(DIVERGENCES),
+        rewards=tuple(REWARDS),
+    )
     train(config, read_inputs(config))
 
 
@@ -58,6 +66,7 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     train_prompts: tuple[Prompt, ...]
     eval_prompts: tuple[Prompt, ...]
+    num_overlong: int
     sampling: SamplingParams
 
 
@@ -79,6 +88,7 @@ def read_inputs(config: Config) -> Inputs:
         check_weights(HFReader(path), arch)
     tokenizer = load_tokenizer(student)
     check_same_tokenizer(student, teacher)
+    train_set = load_prompts(config.data.train, config.data, tokenizer)
     eval_prompts: tuple[Prompt, ...] = ()
     if config.data.eval:
         eval_prompts = load_prompts(config.data.eval, config.data, tokenizer).prompts
@@ -87,8 +97,9 @@ def read_inputs(config: Config) -> Inputs:
         student_arch,
         teacher_arch,
         tokenizer,
-        load_prompts(config.data.train, config.data, tokenizer).prompts,
+        train_set.prompts,
         eval_prompts[: config.eval.num_prompts or None],
+        train_set.num_overlong,
         SamplingParams(
             max_new_tokens=rollout.max_new_tokens,
             temperature=rollout.temperature,
@@ -106,10 +117,12 @@ def train(config: Config, inputs: Inputs) -> None:
     Raises:
         MegaOPDError: in one line, what ended the run.
     """
+    from transformers.utils.logging import disable_progress_bar
+
     from megaopd.data.packing import micro_batches
     from megaopd.data.prompts import PromptStream
     from megaopd.engine.student import MegatronStudent
-    from megaopd.logger import setup_logging
+    from megaopd.logger import get_logger, setup_logging
     from megaopd.metrics import MetricsWriter
     from megaopd.models.build import padded_vocab_size
     from megaopd.parallel import groups as parallel_groups
@@ -118,6 +131,8 @@ def train(config: Config, inputs: Inputs) -> None:
     from megaopd.trainer import OPDTrainer
     from megaopd.weight_sync.in_process import InProcessSync
 
+    logger = get_logger(__name__)
+    disable_progress_bar()
     setup_logging(int(os.environ.get("RANK", "0")))
     device = init_distributed()
     groups = parallel_groups.initialize(config.parallel, device, config.run.seed)
@@ -126,6 +141,12 @@ def train(config: Config, inputs: Inputs) -> None:
     if is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(to_yaml(config))
+    logger.info(
+        "%d training prompts (%d longer than data.max_prompt_tokens set aside), %d for evaluation",
+        len(inputs.train_prompts),
+        inputs.num_overlong,
+        len(inputs.eval_prompts),
+    )
 
     archs = (inputs.student_arch, inputs.teacher_arch)
     # Ids that only one of the models knows are in nobody's vocabulary.
@@ -266,6 +287,7 @@ def summarise(
         "reverse_kl_before": before.reverse_kl if before else None,
         "reverse_kl_after": after.reverse_kl if after else None,
         "num_eval_prompts": len(inputs.eval_prompts),
+        "num_overlong_prompts": inputs.num_overlong,
         "num_steps": result.num_steps,
         "train_wall_s": round(result.train_wall_s, 2),
         "tensor_parallel_size": config.parallel.tensor,

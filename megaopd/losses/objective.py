@@ -81,6 +81,8 @@ class DivergenceObjective:
             weights_T=batch.token_weights_T * mask,
         )
 
+        assert out.loss_sum is not None  # weights were given
+        assert out.student_logprobs_T is not None  # labels were given
         # The engine sampled the tokens, so expm1(d) - d with d = log p_trainer - log p_engine is an
         # unbiased, non-negative estimate of KL(engine || trainer) (k3, joschu.net/blog/kl-approx).
         delta = torch.where(mask, out.student_logprobs_T - batch.rollout_logprobs_T, 0.0)

@@ -192,6 +192,9 @@ def _size(file: Path, fields: Mapping[str, Any], name: str) -> int:
 
 def _parse(file: Path, raw: dict[str, Any], family: Family) -> PreTrainedConfig:
     """Lets transformers fill in defaults and bring both spellings of RoPE to one."""
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(raw.get(name), dict | None):
+            raise CheckpointError(f"{file}: {name}", f"is {_shown(raw[name])}", "give an object")
     try:
         return family.config_class.from_dict(copy.deepcopy(raw))
     except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:

@@ -98,7 +98,9 @@ def _varlen(
             repeats = query.size(1) // key.size(1)
             key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
     cu, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-    return varlen_attn(query, key, value, cu, cu, longest, longest, **options)
+    out = varlen_attn(query, key, value, cu, cu, longest, longest, **options)
+    assert isinstance(out, Tensor)  # a pair only where auxiliary outputs are asked for
+    return out
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt import gpt_layer_specs as specs
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    gather_from_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -148,6 +154,23 @@ def _layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmo
     )
 
 
+def _mark_shards(model: HiddenGPTModel) -> None:
+    """Marks the weights that tensor parallelism shards, and along which dim.
+
+    Megatron marks them while it initialises them, which is left out here. Without the marks its
+    gradient norm takes every shard but the first rank's for a replica and leaves it out.
+    """
+    for module in model.modules():
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
+            dim = 0
+        elif isinstance(module, RowParallelLinear):
+            dim = 1
+        else:
+            continue
+        if module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
+
+
 def build_model(
     arch: ModelArch,
     parallel: ParallelConfig,
@@ -174,6 +197,7 @@ def build_model(
         position_embedding_type="rope",
         pg_collection=groups.collection,
     )
+    _mark_shards(model)
     inv_freq, _ = rope_inv_freq(arch)
     model.rotary_pos_emb.inv_freq = inv_freq.to(groups.device)
     return model.to(groups.device)

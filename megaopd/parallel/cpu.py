@@ -187,4 +187,4 @@ def install() -> None:
 
         if not torch.cuda.is_available():
             raise RuntimeError(f"{early} was imported before megaopd; import megaopd first")
-    sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _Finder())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from datetime import timedelta
 
 import torch
@@ -27,6 +28,8 @@ def init_distributed(timeout_s: float = 600.0) -> torch.device:
     local_rank = int(os.environ["LOCAL_RANK"])
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     timeout = timedelta(seconds=timeout_s)
+    # Megatron-Core still calls collectives by names that newer torch versions deprecate.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\..*deprecated", FutureWarning)
     if torch.cuda.is_available():
         num_gpus = torch.cuda.device_count()
         if local_rank >= num_gpus:

@@ -1,0 +1,160 @@
+"""A model under tensor and pipeline parallelism: its logits, and its way back to Hugging Face."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+from megaopd.batch import Prompt, Sample
+from megaopd.config import ParallelConfig
+from megaopd.data.packing import pack
+from megaopd.models.arch import read_arch
+from megaopd.models.families import FAMILIES
+from megaopd.models.hf_io import HFReader
+from tests.helpers.distributed import run_distributed
+from tests.helpers.tiny_models import ROPE_VARIANTS, TP3_CONFIG, make_tiny_model
+
+SMOLLM2 = Path(__file__).resolve().parents[2] / ".cache/demo/teacher"
+TOLERANCE = 1e-4
+
+
+def _samples(vocab_size: int) -> list[Sample]:
+    """Three sequences of 9, 5 and 12 tokens."""
+    generator = torch.Generator().manual_seed(3)
+    samples = []
+    for i, length in enumerate((9, 5, 12)):
+        ids = tuple(torch.randint(0, vocab_size, (length,), generator=generator).tolist())
+        prompt, response = ids[:3], ids[3:]
+        n = len(response)
+        samples.append(
+            Sample(Prompt(str(i), prompt), 0, response, (0.0,) * n, (True,) * n, "stop", 0)
+        )
+    return samples
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model in one layout."""
+
+    path: str
+    parallel: ParallelConfig
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rank saw: on ranks without logits `difference` and `magnitude` are None."""
+
+    difference: float | None
+    magnitude: float | None
+    unequal: list[str]
+    names: set[str]
+
+
+def _check_models(rank: int, world_size: int, cases: list[Case]) -> list[Outcome]:
+    return [_check_model(case) for case in cases]
+
+
+def _check_model(case: Case) -> Outcome:
+    """Logits against transformers, and the export against the files, bit by bit."""
+    from megaopd.engine.schedule import forward_only
+    from megaopd.models import weights
+    from megaopd.models.build import build_model, padded_vocab_size
+    from megaopd.parallel import groups as parallel_groups
+
+    parallel, path = case.parallel, case.path
+    groups = parallel_groups.initialize(parallel, torch.device("cpu"), seed=1)
+    arch = read_arch(path)
+    rows = padded_vocab_size(arch.vocab_size, parallel.tensor)
+    model = build_model(arch, parallel, groups, "fp32", rows)
+    weights.load_weights(model, arch, path)
+
+    samples = _samples(arch.vocab_size)
+    batch = pack(samples, pad_to_multiple=parallel.tensor)
+    collected = forward_only(model, [batch], groups, lambda i, b, hidden: hidden @ model.head.T)
+    difference = magnitude = None
+    if groups.is_last_stage:
+        shards = [torch.empty_like(collected[0]) for _ in range(parallel.tensor)]
+        dist.all_gather(shards, collected[0].contiguous(), group=groups.tp)
+        ours = torch.cat(shards, -1)[:, : arch.vocab_size]
+        theirs = _transformers_logits(path, samples)
+        difference = (ours[: len(theirs)] - theirs).abs().max().item()
+        magnitude = theirs.abs().max().item()
+
+    reader, unequal, names = HFReader(path), [], set()
+    for name, exported in weights.export_weights(model, arch, groups):
+        names.add(name)
+        if not torch.equal(exported, reader.read(name)):
+            unequal.append(name)
+    assert names == set(reader.names())
+    parallel_groups.release()
+    return Outcome(difference, magnitude, unequal, names)
+
+
+@torch.no_grad()
+def _transformers_logits(path: str, samples: list[Sample]) -> torch.Tensor:
+    """[T, V], each sequence by itself."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    ids = [torch.tensor([s.prompt.token_ids + s.response_ids]) for s in samples]
+    return torch.cat([model(x).logits[0] for x in ids])
+
+
+def _run(cases: list[Case]) -> None:
+    world_size = cases[0].parallel.tensor * cases[0].parallel.pipeline
+    by_rank = run_distributed(_check_models, world_size, cases, timeout_s=180)
+    for i, case in enumerate(cases):
+        outcomes = [outcomes[i] for outcomes in by_rank]
+        assert all(not o.unequal for o in outcomes), (case, outcomes[0].unequal)
+        with_logits = [o for o in outcomes if o.difference is not None]
+        assert len(with_logits) == case.parallel.tensor
+        for outcome in with_logits:
+            assert outcome.difference < TOLERANCE, case
+            assert outcome.magnitude > 1.0  # random or zero weights would not get here
+
+
+def test_one_rank(tmp_path):
+    cases = []
+    for family in sorted(FAMILIES):
+        for tied in (True, False):
+            path = make_tiny_model(
+                tmp_path / f"{family}{tied}", family, tie_word_embeddings=tied, vocab_size=509
+            )
+            cases.append(Case(str(path), ParallelConfig()))
+    for rope in sorted(set(ROPE_VARIANTS) - {"default"}):
+        path = make_tiny_model(
+            tmp_path / rope, "LlamaForCausalLM", rope_parameters=ROPE_VARIANTS[rope]
+        )
+        cases.append(Case(str(path), ParallelConfig()))
+    _run(cases)
+
+
+def test_two_ranks(tmp_path):
+    cases = []
+    for family in sorted(FAMILIES):
+        for tied in (True, False):
+            path = make_tiny_model(
+                tmp_path / f"{family}{tied}", family, tie_word_embeddings=tied, vocab_size=509
+            )
+            cases += [
+                Case(str(path), ParallelConfig(tensor=2)),
+                Case(str(path), ParallelConfig(tensor=2, sequence_parallel=True)),
+                Case(str(path), ParallelConfig(pipeline=2)),
+            ]
+    _run(cases)
+
+
+def test_three_ranks(tmp_path):
+    path = make_tiny_model(tmp_path, "LlamaForCausalLM", **TP3_CONFIG)
+    _run([Case(str(path), ParallelConfig(tensor=3))])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor", [1, 3])
+def test_smollm2(tensor):
+    if not (SMOLLM2 / "config.json").is_file():
+        pytest.skip("run tools/prepare_demo.py for SmolLM2-135M")
+    _run([Case(str(SMOLLM2), ParallelConfig(tensor=tensor))])

@@ -1,0 +1,236 @@
+"""config.json -> ModelArch, in both spellings; what is refused; RoPE against transformers' own."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megaopd.errors import CheckpointError, ConfigError
+from megaopd.models.arch import ROPE_TYPES, ModelArch, read_arch, rope_inv_freq
+from megaopd.models.families import FAMILIES
+from tests.helpers.tiny_models import ROPE_VARIANTS, TINY_CONFIG, TP3_CONFIG, edit_config
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request):
+    return request.param
+
+
+def write_config(path, family, **overrides):
+    """Writes config.json as transformers 5 does, without a model."""
+    config_class = getattr(transformers, family).config_class
+    fields = TINY_CONFIG | {"rope_parameters": dict(ROPE_VARIANTS["default"])} | overrides
+    config_class(architectures=[family], **fields).save_pretrained(path)
+    return path
+
+
+def to_version_4(path):
+    """Rewrites config.json the way transformers 4 spells RoPE and dtype."""
+    rope = json.loads((path / "config.json").read_text())["rope_parameters"]
+    theta = rope.pop("rope_theta")
+    scaling = None
+    if rope["rope_type"] != "default":
+        scaling = {"type": rope.pop("rope_type"), **rope}
+    edit_config(
+        path,
+        remove=("rope_parameters", "dtype", "layer_types"),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        torch_dtype="float32",
+    )
+
+
+def test_every_field(tmp_path, family):
+    write_config(tmp_path, family, **TP3_CONFIG, tie_word_embeddings=True, rms_norm_eps=3e-5)
+    assert read_arch(tmp_path) == ModelArch(
+        family=family,
+        num_layers=4,
+        hidden_size=72,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=8,
+        ffn_hidden_size=96,
+        vocab_size=509,
+        max_positions=256,
+        norm_eps=3e-5,
+        tied=True,
+        qk_norm=family == "Qwen3ForCausalLM",
+        qkv_bias=False,
+        rope={"rope_type": "default", "rope_theta": 10_000.0},
+    )
+
+
+@pytest.mark.parametrize("rope", sorted(ROPE_VARIANTS))
+def test_version_4_reads_like_version_5(tmp_path, family, rope):
+    write_config(tmp_path, family, rope_parameters=dict(ROPE_VARIANTS[rope]))
+    version_5 = read_arch(tmp_path)
+    to_version_4(tmp_path)
+    assert read_arch(tmp_path) == version_5
+    assert version_5.rope == ROPE_VARIANTS[rope]
+
+
+def test_absent_fields_have_the_family_defaults(tmp_path):
+    write_config(tmp_path, "LlamaForCausalLM")
+    edit_config(
+        tmp_path,
+        remove=("num_key_value_heads", "head_dim", "tie_word_embeddings", "rope_parameters"),
+        hidden_size=128,
+    )
+    arch = read_arch(tmp_path)
+    assert (arch.num_kv_heads, arch.head_dim, arch.tied) == (4, 32, False)
+    assert arch.rope == {"rope_type": "default", "rope_theta": 10_000.0}
+
+
+def test_rope_variants_cover_the_supported_types():
+    assert {variant["rope_type"] for variant in ROPE_VARIANTS.values()} == set(ROPE_TYPES)
+
+
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("rope", sorted(ROPE_VARIANTS))
+def test_rope_is_the_rotary_embedding_of_transformers(tmp_path, family, rope, version):
+    write_config(tmp_path, family, rope_parameters=dict(ROPE_VARIANTS[rope]))
+    if version == 4:
+        to_version_4(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.num_hidden_layers = 1
+    theirs = AutoModelForCausalLM.from_config(config).model.rotary_emb
+    inv_freq, scaling = rope_inv_freq(read_arch(tmp_path))
+    assert inv_freq.dtype == torch.float32
+    assert inv_freq.shape == (8,)
+    torch.testing.assert_close(inv_freq, theirs.inv_freq, rtol=0, atol=0)
+    assert scaling == theirs.attention_scaling
+    if rope == "default":
+        assert scaling == 1.0
+        assert inv_freq[0] == 1.0
+    else:
+        default, _ = rope_inv_freq(read_arch(write_config(tmp_path / "default", family)))
+        assert not torch.equal(inv_freq, default)
+    assert (scaling != 1.0) == (rope == "yarn")
+
+
+@pytest.mark.parametrize(
+    ("fields", "where", "value"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act", '"gelu"'),
+        ({"attention_bias": True}, "attention_bias", "true"),
+        ({"mlp_bias": True}, "mlp_bias", "true"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config", "fp8"),
+        ({"layer_types": ["full_attention", "sliding_attention"] * 2}, "layer_types", "sliding"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type", "dynamic"),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "factor": 2.0,
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [2.0] * 8,
+                }
+            },
+            "rope_type",
+            "longrope",
+        ),
+        ({"rope_parameters": None, "rope_scaling": {"type": "zork"}}, "rope_type", "zork"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor", "0.5"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_what_would_be_computed_wrong_is_refused(tmp_path, family, fields, where, value):
+    write_config(tmp_path, family)
+    edit_config(tmp_path, **fields)
+    with pytest.raises(ConfigError) as caught:
+        read_arch(tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}/config.json: {where}: ")
+    assert value in message
+    assert "\n" not in message
+    assert len(message) < len(str(tmp_path)) + 250
+
+
+def test_sliding_window(tmp_path):
+    write_config(tmp_path, "Qwen3ForCausalLM")
+    edit_config(
+        tmp_path,
+        remove=("layer_types",),
+        use_sliding_window=True,
+        sliding_window=8,
+        max_window_layers=2,
+    )
+    with pytest.raises(ConfigError, match="use_sliding_window: true is not supported"):
+        read_arch(tmp_path)
+    # The window begins after the last layer: no layer slides.
+    edit_config(tmp_path, max_window_layers=4)
+    assert read_arch(tmp_path).num_layers == 4
+    # Qwen3's own files carry a window that is switched off.
+    edit_config(tmp_path, max_window_layers=2, use_sliding_window=False)
+    assert read_arch(tmp_path).num_layers == 4
+
+
+def test_unknown_architecture_lists_the_known_ones(tmp_path):
+    write_config(tmp_path, "LlamaForCausalLM")
+    edit_config(tmp_path, architectures=["GPT2LMHeadModel"])
+    with pytest.raises(ConfigError) as caught:
+        read_arch(tmp_path)
+    assert "GPT2LMHeadModel is not supported" in str(caught.value)
+    for family in FAMILIES:
+        assert family in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "architectures",
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "intermediate_size",
+        "vocab_size",
+        "max_position_embeddings",
+        "rms_norm_eps",
+    ],
+)
+def test_missing_field(tmp_path, family, field):
+    write_config(tmp_path, family)
+    edit_config(tmp_path, remove=(field,))
+    with pytest.raises(CheckpointError, match=f"config.json: {field}: is missing"):
+        read_arch(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({"hidden_size": "abc"}, 'hidden_size: is "abc"'),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: is 0"),
+        ({"vocab_size": 2.5}, "vocab_size: is 2.5"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: 3 does not divide 4"),
+        ({"head_dim": -1}, "head_dim"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta: is 0"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "factor"),
+        ({"rope_parameters": "x"}, 'rope_parameters: is "x"'),
+        ({"rope_scaling": 2.0}, "rope_scaling: is 2.0"),
+    ],
+    ids=str,
+)
+def test_senseless_field(tmp_path, family, fields, found):
+    write_config(tmp_path, family)
+    edit_config(tmp_path, **fields)
+    with pytest.raises(CheckpointError) as caught:
+        read_arch(tmp_path)
+    assert found in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path}/config.json: ")
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_status == 4
+
+
+def test_unreadable_file(tmp_path):
+    with pytest.raises(CheckpointError, match=r"config.json: no such file"):
+        read_arch(tmp_path)
+    with pytest.raises(CheckpointError, match=r"config.json: no such file"):
+        read_arch(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text('{"hidden_size": 64,')
+    with pytest.raises(CheckpointError, match=r"cannot be read as JSON \(.*line 1"):
+        read_arch(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="is not a JSON object"):
+        read_arch(tmp_path)

@@ -1,0 +1,203 @@
+"""Prompt files and the order of drawing from them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from megaopd.batch import Prompt
+from megaopd.config import DataConfig
+from megaopd.data.prompts import PromptStream, load_prompts
+from megaopd.errors import CheckpointError, DataError
+
+WORDS = ["<unk>", "<user>", "<assistant>", "one", "two", "three", "four", "system"]
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "<{{ m.role }}> {{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    model = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, unk_token="<unk>", chat_template=TEMPLATE
+    )
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(f"{r if isinstance(r, str) else json.dumps(r)}\n" for r in rows))
+    return path
+
+
+def test_rows_become_prompts(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    file = write(
+        tmp_path / "p.jsonl",
+        {"id": "x", "prompt": "one two", "answer": "three"},
+        "",
+        {"prompt": "two", "answer": 4},
+        {"id": 7, "prompt": [{"role": "user", "content": "three"}], "answer": None},
+    )
+    found = load_prompts(file, DataConfig(), tokenizer)
+    assert found.prompts == (
+        Prompt("x", (3, 4), "three"),
+        Prompt("3", (4,), "4"),
+        Prompt("7", (1, 5, 2), None),
+    )
+    assert found.num_overlong == 0
+
+
+def test_the_chat_template_wraps_strings_on_request(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    file = write(tmp_path / "p.jsonl", {"q": "one two"})
+    config = DataConfig(prompt_column="q", chat_template=True)
+    assert load_prompts(file, config, tokenizer).prompts[0].token_ids == (1, 3, 4, 2)
+
+
+def test_overlong_prompts_are_set_aside_and_counted(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    file = write(tmp_path / "p.jsonl", *({"prompt": "one " * n} for n in (1, 3, 2, 4)))
+    found = load_prompts(file, DataConfig(max_prompt_tokens=2), tokenizer)
+    assert [p.prompt_id for p in found.prompts] == ["1", "3"]
+    assert found.num_overlong == 2
+
+
+GOOD = {"id": "a", "prompt": "one"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([GOOD, "{bad"], "p.jsonl:2: not valid JSON (Expecting property name"),
+        ([GOOD, "[1]"], "p.jsonl:2: a JSON list, not an object"),
+        ([GOOD, {"text": "one", "n": 1}], "p.jsonl:2: no column 'prompt'; it has text, n"),
+        ([GOOD, {"prompt": ""}], "p.jsonl:2: an empty prompt"),
+        ([GOOD, {"prompt": " \n"}], "p.jsonl:2: an empty prompt"),
+        ([GOOD, {"prompt": []}], "p.jsonl:2: an empty prompt"),
+        ([GOOD, {"prompt": 3}], "p.jsonl:2: column 'prompt' holds 3"),
+        ([GOOD, {"prompt": "\ud800"}], "p.jsonl:2: half of a surrogate pair"),
+        ([GOOD, "", GOOD], "p.jsonl:3: id 'a' is taken by line 1"),
+        ([{"id": "2", "prompt": "one"}, {"prompt": "one"}], "p.jsonl:2: id '2' is taken by line 1"),
+        ([{"id": True, "prompt": "one"}], "p.jsonl:1: column 'id' holds true"),
+        ([{"prompt": "one", "answer": ["a"]}], "p.jsonl:1: column 'answer' holds [\"a\"]"),
+        ([{"prompt": ["one"]}], 'p.jsonl:1: the message "one"'),
+        ([{"prompt": [{"role": "user"}]}], 'p.jsonl:1: the message {"role": "user"}'),
+        (
+            [{"prompt": [{"role": "tool", "content": "x"}]}],
+            "p.jsonl:1: the chat template refuses the messages (no tools)",
+        ),
+        ([], "p.jsonl: no prompt in it"),
+        ([{"prompt": "one " * 99}], "p.jsonl: all 1 prompts are longer than 9 tokens"),
+    ],
+)
+def test_bad_files_are_named_with_their_line(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, rows: list[Any], message: str
+) -> None:
+    file = write(tmp_path / "p.jsonl", *rows)
+    with pytest.raises(DataError) as caught:
+        load_prompts(file, DataConfig(max_prompt_tokens=9), tokenizer)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_status == 3
+
+
+def test_unreadable_files_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError, match=r"none\.jsonl: No such file"):
+        load_prompts(tmp_path / "none.jsonl", DataConfig(), tokenizer)
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes(b'{"prompt": "one"}\n{"prompt": "caf\xe9"}\n')
+    with pytest.raises(DataError, match=r"latin\.jsonl:2: not UTF-8"):
+        load_prompts(latin, DataConfig(), tokenizer)
+
+
+def test_messages_need_a_chat_template(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    file = write(tmp_path / "p.jsonl", {"prompt": [{"role": "user", "content": "one"}]})
+    with pytest.raises(DataError, match="the tokenizer has no chat template"):
+        load_prompts(file, DataConfig(), plain)
+
+
+PROMPTS = [Prompt(str(i), (i,)) for i in range(10)]
+
+
+def flat(draws: list[list[str]]) -> list[str]:
+    return list(chain.from_iterable(draws))
+
+
+def draw(stream: PromptStream, num: int, times: int) -> list[list[str]]:
+    return [[p.prompt_id for p in stream.next(num)] for _ in range(times)]
+
+
+def test_every_epoch_holds_every_prompt_once_in_its_own_order() -> None:
+    stream = PromptStream(PROMPTS, seed=1)
+    epochs = [tuple(flat(draw(stream, 5, 2))) for _ in range(3)]
+    assert all(sorted(epoch) == sorted(str(i) for i in range(10)) for epoch in epochs)
+    assert len(set(epochs)) == 3
+
+
+def test_the_seed_decides_the_order() -> None:
+    first, same, other = (PromptStream(PROMPTS, seed) for seed in (1, 1, 2))
+    order = draw(first, 4, 7)
+    assert draw(same, 4, 7) == order
+    assert draw(other, 4, 7) != order
+
+
+def test_without_shuffling_the_order_is_the_files() -> None:
+    stream = PromptStream(PROMPTS, seed=1, shuffle=False)
+    assert flat(draw(stream, 4, 5)) == [str(i) for i in range(10)] * 2
+
+
+@pytest.mark.parametrize("num", [3, 7, 9, 10])
+def test_a_draw_never_repeats_a_prompt_and_none_is_favoured(num: int) -> None:
+    stream = PromptStream(PROMPTS, seed=3)
+    draws = draw(stream, num, 60)
+    assert all(len(set(d)) == num for d in draws)
+    counts = Counter(flat(draws))
+    # After any number of draws the prompts differ by an epoch, and by one that waits.
+    assert max(counts.values()) - min(counts[str(i)] for i in range(10)) <= 2
+
+
+@pytest.mark.parametrize("num", [3, 7])
+def test_a_stream_resumes_where_it_was(num: int) -> None:
+    stream = PromptStream(PROMPTS, seed=5)
+    for _ in range(11):
+        stream.next(num)
+        state = json.loads(json.dumps(stream.state_dict()))
+        resumed = PromptStream(PROMPTS, seed=5)
+        resumed.load_state_dict(state)
+        twin = PromptStream(PROMPTS, seed=5)
+        twin.load_state_dict(state)
+        assert draw(resumed, num, 5) == draw(twin, num, 5)
+    expected = draw(stream, num, 4)
+    late = PromptStream(PROMPTS, seed=5)
+    late.load_state_dict(state)
+    assert draw(late, num, 4) == expected
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (PromptStream(PROMPTS[1:], 1), "the prompts of data.train changed"),
+        (PromptStream(PROMPTS, 2), "run.seed changed"),
+        (PromptStream(PROMPTS, 1, shuffle=False), "data.shuffle changed"),
+    ],
+)
+def test_a_position_in_something_else_is_refused(other: PromptStream, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        other.load_state_dict(PromptStream(PROMPTS, 1).state_dict())
+
+
+def test_a_step_larger_than_the_file_is_refused() -> None:
+    with pytest.raises(DataError, match="10 usable prompts, and a step needs 11 different ones"):
+        PromptStream(PROMPTS, 1).next(11)
