@@ -25,6 +25,10 @@ class MegaOPDError(Exception):
 
     def __init__(self, where: str, found: str, remedy: str) -> None:
         super().__init__(f"{where}: {found}; {remedy}")
+        self._parts = (where, found, remedy)
+
+    def __reduce__(self) -> tuple[type[MegaOPDError], tuple[str, str, str]]:
+        return type(self), self._parts
 
 
 class ConfigError(MegaOPDError):
