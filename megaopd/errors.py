@@ -22,6 +22,9 @@ class MegaOPDError(Exception):
     """
 
     exit_status = 1
+    agreed = False
+    """Whether the ranks agree on the error before they raise it, so that one of them can report
+    it."""
 
     def __init__(self, where: str, found: str, remedy: str) -> None:
         super().__init__(f"{where}: {found}; {remedy}")
@@ -49,18 +52,21 @@ class EnvironmentFault(MegaOPDError):
 
 class NumericError(MegaOPDError):
     exit_status = 6
+    agreed = True
 
 
 class RolloutError(MegaOPDError):
     exit_status = 7
+    agreed = True
 
 
 def run_cli(main: Callable[[list[str]], None], argv: list[str]) -> None:
     """Runs `main(argv)`; turns a `MegaOPDError` into one line and its exit status.
 
-    ``--debug`` anywhere in argv is removed and lets the traceback through. Under torchrun every
-    rank finds the same configuration error, and rank 0 alone prints it. The process leaves through
-    `os._exit` because the other ranks may be waiting in a collective that will never complete.
+    ``--debug`` anywhere in argv is removed and lets the traceback through. Before the process group
+    exists every rank finds the same error, and rank 0 alone prints it; afterwards a rank prints
+    what it met by itself. The process leaves through `os._exit` because the other ranks may be
+    waiting in a collective that will never complete.
     """
     debug = "--debug" in argv
     try:
@@ -68,7 +74,13 @@ def run_cli(main: Callable[[list[str]], None], argv: list[str]) -> None:
     except MegaOPDError as error:
         if debug:
             raise
-        if os.environ.get("RANK", "0") == "0" or not getattr(error, "on_all_ranks", True):
+        if os.environ.get("RANK", "0") == "0" or (_in_process_group() and not error.agreed):
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(error.exit_status)
+
+
+def _in_process_group() -> bool:
+    """Whether this process has joined others, without importing torch to find out."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()

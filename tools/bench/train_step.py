@@ -32,6 +32,17 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / ".bench"
 MODELS = BENCH / "train_step"
+# TRL with what its GKD trainer imports, and nothing that would bring another torch.
+TRL = [
+    "trl==1.16.0",
+    "accelerate",
+    "datasets",
+    "multiprocess",
+    "dill",
+    "xxhash",
+    "pandas",
+    "pyarrow",
+]
 SEQ = 256
 VOCAB = 151_936
 SHAPE = {
@@ -143,11 +154,8 @@ def run_transformers(num_tokens: int, num_steps: int, use_trl: bool) -> dict[str
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, weight_decay=0.0)
     ids = batch_ids(num_tokens)
     if use_trl:
-        sys.path.insert(0, str(BENCH / "trl"))
-        try:
-            from trl.experimental.gkd import GKDTrainer
-        except ImportError:
-            from trl import GKDTrainer
+        sys.path.append(str(BENCH / "trl"))
+        from trl.experimental.gkd import GKDTrainer
 
     def step() -> torch.Tensor:
         optimizer.zero_grad()
@@ -156,8 +164,12 @@ def run_transformers(num_tokens: int, num_steps: int, use_trl: bool) -> dict[str
         student_logits = student(ids).logits[:, :-1]
         if use_trl:
             # Its beta = 1 is the reverse KL.
-            loss = GKDTrainer.generalized_jsd_loss(student_logits, teacher_logits, beta=1.0)
-            loss = loss * student_logits.size(0) / (ids.size(0) * (SEQ - 1)) * (SEQ - 1)
+            loss = GKDTrainer.generalized_jsd_loss(
+                student_logits,
+                teacher_logits,
+                beta=1.0,
+                num_items_in_batch=ids.size(0) * (SEQ - 1),
+            )
         else:
             log_p = student_logits.log_softmax(-1)
             log_q = teacher_logits.log_softmax(-1)
@@ -237,7 +249,7 @@ def install_trl() -> None:
     target = BENCH / "trl"
     if not (target / "trl").is_dir():
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target"]
-        subprocess.run([*command, str(target), "trl", "accelerate", "datasets"], check=True)
+        subprocess.run([*command, str(target), *TRL], check=True)
 
 
 def main() -> None:
