@@ -30,10 +30,10 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 test: lint $(DEMO)/complete
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-fast: $(VENV)/installed
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 docs: $(VENV)/installed
 	$(BIN)/python -m megaopd.config --markdown > docs/configuration.md

@@ -136,7 +136,7 @@ class LossConfig:
     """Both sides' logits are divided by it."""
     chunk_tokens: int | None = None
     """Tokens whose logits exist at one time; none lets the engine choose."""
-    backend: Literal["auto", "eager", "compile", "triton"] = "auto"
+    backend: Literal["auto", "eager", "compiled", "triton"] = "auto"
     """Implementation of the divergence."""
 
 

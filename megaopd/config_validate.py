@@ -158,6 +158,10 @@ def _check_needs(config: Config) -> None:
         raise ConfigError(
             "rollout.path", "not set, and rollout.kind is recorded", "name the recording to replay"
         )
+    if rollout.kind == "recorded" and config.data.eval:
+        raise ConfigError(
+            "data.eval", "set, and recorded rollouts cannot answer other prompts", "set data.eval="
+        )
     if rollout.record and rollout.record == rollout.path:
         raise ConfigError(
             "rollout.record", "the recording that is replayed", "record to another file"

@@ -79,11 +79,16 @@ def read_inputs(config: Config) -> Inputs:
     from megaopd.data.prompts import load_prompts
     from megaopd.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_token_ids
     from megaopd.models.arch import read_arch
+    from megaopd.models.freeze import check_freeze
     from megaopd.models.hf_io import HFReader, check_weights
+    from megaopd.rollout.recorded import RecordedEngine
 
     student, teacher = config.student.path, config.teacher.path
     student_arch, teacher_arch = read_arch(student), read_arch(teacher)
     validate_models(config, student_arch, teacher_arch)
+    check_freeze(student_arch, config.student.freeze)
+    if config.rollout.kind == "recorded":
+        RecordedEngine(config.rollout.path)  # says now if the file is not there
     for path, arch in ((student, student_arch), (teacher, teacher_arch)):
         check_weights(HFReader(path), arch)
     tokenizer = load_tokenizer(student)
@@ -162,7 +167,7 @@ def train(config: Config, inputs: Inputs) -> None:
             config,
             student=student,
             teacher=teacher,
-            engine=_build_engine(config, groups),
+            engine=ENGINES[config.rollout.kind](config, groups),
             weight_sync=InProcessSync(),
             prompts=PromptStream(inputs.train_prompts, config.run.seed, config.data.shuffle),
             sampling=inputs.sampling,
@@ -196,7 +201,7 @@ def _evaluator(config: Config, inputs: Inputs) -> Callable[[RolloutEngine], Eval
     from megaopd.evaluation import evaluate
     from megaopd.rewards import REWARDS
 
-    if not inputs.eval_prompts or config.rollout.kind != "embedded":
+    if not inputs.eval_prompts:
         return None
     return partial(
         evaluate,
@@ -207,13 +212,10 @@ def _evaluator(config: Config, inputs: Inputs) -> Callable[[RolloutEngine], Eval
     )
 
 
-def _build_engine(config: Config, groups: ParallelGroups) -> RolloutEngine:
+def _embedded_engine(config: Config, groups: ParallelGroups) -> RolloutEngine:
     from megaopd.models.build import DTYPES
     from megaopd.rollout.embedded import EmbeddedEngine
-    from megaopd.rollout.recorded import RecordedEngine
 
-    if config.rollout.kind == "recorded":
-        return RecordedEngine(config.rollout.path)
     return EmbeddedEngine(
         config.student.path,
         device=groups.device,
@@ -222,6 +224,19 @@ def _build_engine(config: Config, groups: ParallelGroups) -> RolloutEngine:
         rank=groups.rank,
         world_size=groups.world_size,
     )
+
+
+def _recorded_engine(config: Config, groups: ParallelGroups) -> RolloutEngine:
+    from megaopd.rollout.recorded import RecordedEngine
+
+    return RecordedEngine(config.rollout.path)
+
+
+# By rollout.kind.
+ENGINES: dict[str, Callable[[Config, ParallelGroups], RolloutEngine]] = {
+    "embedded": _embedded_engine,
+    "recorded": _recorded_engine,
+}
 
 
 def _recorder(config: Config, is_main: bool) -> Callable[[int, Sequence[Sample]], None] | None:

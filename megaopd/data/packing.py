@@ -114,6 +114,8 @@ def micro_batches(
         micro_batch_size: samples per micro-batch; where the numbers do not divide, some hold fewer.
         weights: one per sample.
     """
+    for sample in samples:  # all of them on every rank, so that the ranks fail together
+        _check(sample)
     num_micro_batches = -(-len(samples) // (dp_size * micro_batch_size))
     lengths = [len(s.prompt.token_ids) + len(s.response_ids) for s in samples]
     share = balance(lengths, dp_size, num_micro_batches * micro_batch_size)[dp_rank]

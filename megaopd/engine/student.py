@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -153,6 +154,7 @@ class MegatronStudent:
             mine = {
                 "sums": {n: sum(float(out.sums[n].double()) for out in outputs) for n in names},
                 "num_tokens": sum(int(out.num_tokens) for out in outputs),
+                "num_scored": sum(int(out.num_scored) for out in outputs),
                 "mismatch_max": max((float(out.mismatch_max) for out in outputs), default=0.0),
                 "bad": bad,
             }
@@ -160,10 +162,11 @@ class MegatronStudent:
         dist.all_gather_object(gathered, mine)
         parts = [part for part in gathered if part is not None]
         num_tokens = sum(part["num_tokens"] for part in parts)
+        num_scored = sum(part["num_scored"] for part in parts)
         metrics: dict[str, float] = {}
         for part in parts:
             for name, value in part["sums"].items():
-                metrics[name] = metrics.get(name, 0.0) + value / max(num_tokens, 1)
+                metrics[name] = metrics.get(name, 0.0) + value / max(num_scored, 1)
         metrics["rollout/mismatch_max"] = max(part["mismatch_max"] for part in parts)
         bad_ids = tuple(sample_id for part in parts for sample_id in part["bad"])
         return metrics, num_tokens, bad_ids
@@ -171,4 +174,4 @@ class MegatronStudent:
 
 def _detached(out: ObjectiveOutput) -> ObjectiveOutput:
     """The output without its graph, so that nothing outlives its micro-batch's backward."""
-    return ObjectiveOutput(out.loss_sum.detach(), out.num_tokens, out.sums, out.mismatch_max)
+    return replace(out, loss_sum=out.loss_sum.detach())

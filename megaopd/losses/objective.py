@@ -20,12 +20,16 @@ class ObjectiveOutput:
     Attributes:
         loss_sum: fp32 scalar, sum over the loss tokens of weight times divergence; differentiable.
         num_tokens: int32 scalar, the number of loss tokens; the one normaliser of the gradient.
-        sums: metric name -> fp32 scalar, a sum over the loss tokens, to be divided by their number.
+        num_scored: int32 scalar, the loss tokens whose weight is not 0; the others are not
+            computed.
+        sums: metric name -> fp32 scalar, a sum over the scored tokens, to be divided by their
+            number.
         mismatch_max: fp32 scalar, the largest |trainer - engine| log-prob of a loss token.
     """
 
     loss_sum: Tensor
     num_tokens: Tensor
+    num_scored: Tensor
     sums: dict[str, Tensor]
     mismatch_max: Tensor
 
@@ -37,7 +41,7 @@ class DivergenceObjective:
         config: which divergence, its parameters, and how it is computed.
         vocab_size: true vocabulary size; padded entries have probability and gradient 0.
         rollout_temperature: temperature of the sampler's log-probs, for the mismatch metrics.
-        tp_group: the student's tensor-parallel group.
+        tp_group: the student's tensor-parallel group; None is a group of one.
     """
 
     def __init__(
@@ -45,7 +49,7 @@ class DivergenceObjective:
         config: LossConfig,
         vocab_size: int,
         rollout_temperature: float,
-        tp_group: dist.ProcessGroup,
+        tp_group: dist.ProcessGroup | None,
     ) -> None:
         self.config = config
         self.vocab_size = vocab_size
@@ -80,20 +84,27 @@ class DivergenceObjective:
             logprob_temperature=self.rollout_temperature,
             weights_T=batch.token_weights_T * mask,
         )
+        scored = mask & (batch.token_weights_T != 0)
 
         assert out.loss_sum is not None  # weights were given
         assert out.student_logprobs_T is not None  # labels were given
         # The engine sampled the tokens, so expm1(d) - d with d = log p_trainer - log p_engine is an
         # unbiased, non-negative estimate of KL(engine || trainer) (k3, joschu.net/blog/kl-approx).
-        delta = torch.where(mask, out.student_logprobs_T - batch.rollout_logprobs_T, 0.0)
+        delta = torch.where(scored, out.student_logprobs_T - batch.rollout_logprobs_T, 0.0)
         sums = {
-            "loss/divergence": _masked_sum(out.loss_T, mask),
-            "student/entropy": _masked_sum(out.student_entropy_T, mask),
-            "teacher/entropy": _masked_sum(out.teacher_entropy_T, mask),
+            "loss/divergence": _masked_sum(out.loss_T, scored),
+            "student/entropy": _masked_sum(out.student_entropy_T, scored),
+            "teacher/entropy": _masked_sum(out.teacher_entropy_T, scored),
             "rollout/mismatch_kl": (torch.expm1(delta) - delta).sum(),
         }
         mismatch_max = delta.abs().max() if delta.numel() else delta.new_zeros(())
-        return ObjectiveOutput(out.loss_sum, mask.sum().to(torch.int32), sums, mismatch_max.float())
+        return ObjectiveOutput(
+            loss_sum=out.loss_sum,
+            num_tokens=mask.sum().to(torch.int32),
+            num_scored=scored.sum().to(torch.int32),
+            sums=sums,
+            mismatch_max=mismatch_max.float(),
+        )
 
 
 def _masked_sum(values_T: Tensor, mask_T: Tensor) -> Tensor:

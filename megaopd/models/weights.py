@@ -7,7 +7,6 @@ table.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaopd.errors import ConfigError
 from megaopd.models.arch import ModelArch
 from megaopd.models.build import HiddenGPTModel
 from megaopd.models.families import param_mappings
+from megaopd.models.freeze import check_freeze, is_frozen
 from megaopd.models.hf_io import HFReader, load_into
-from megaopd.models.mapping import ParamMapping, canonical_name
+from megaopd.models.mapping import canonical_name
 from megaopd.parallel.groups import ParallelGroups
 
 _TIED_HEAD, _EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
@@ -59,31 +58,13 @@ def freeze(model: HiddenGPTModel, arch: ModelArch, patterns: tuple[str, ...]) ->
     """Takes the parameters whose Hugging Face names match a pattern out of training.
 
     Raises:
-        ConfigError: a pattern matches nothing, or only some of the tensors that Megatron fuses.
+        ConfigError: see `check_freeze`.
     """
+    check_freeze(arch, patterns)
     mappings = param_mappings(arch)
-    for pattern in patterns:
-        names = [n for m in mappings.values() for n in m.hf]
-        if not fnmatch.filter(names, pattern):
-            raise ConfigError(
-                "student.freeze",
-                f"'{pattern}' matches no tensor",
-                f"use Hugging Face names, such as '{names[0]}'",
-            )
     for name, param in named_parameters(model, arch).items():
-        if _is_frozen(mappings[name], patterns):
+        if is_frozen(mappings[name], patterns):
             param.requires_grad_(False)
-
-
-def _is_frozen(mapping: ParamMapping, patterns: tuple[str, ...]) -> bool:
-    hits = [any(fnmatch.fnmatch(n, p) for p in patterns) for n in mapping.hf]
-    if any(hits) and not all(hits):
-        raise ConfigError(
-            "student.freeze",
-            f"matches only some of {', '.join(mapping.hf)}, which are one parameter",
-            "match all of them or none",
-        )
-    return any(hits)
 
 
 def export_weights(
@@ -102,7 +83,7 @@ def export_weights(
     params = named_parameters(model, arch)
     owners = _owning_stages(params, groups)
     for name, mapping in param_mappings(arch).items():
-        if _is_frozen(mapping, frozen):
+        if is_frozen(mapping, frozen):
             continue
         owner = owners[name]
         if groups.pp.rank() == owner:

@@ -32,7 +32,7 @@ def init_distributed(timeout_s: float = 600.0) -> torch.device:
     warnings.filterwarnings("ignore", r"`torch\.distributed\..*deprecated", FutureWarning)
     if torch.cuda.is_available():
         num_gpus = torch.cuda.device_count()
-        if local_rank >= num_gpus:
+        if local_size > num_gpus:
             raise EnvironmentFault(
                 "--nproc-per-node",
                 f"{local_size} ranks on a node with {num_gpus} GPUs",

@@ -1,0 +1,159 @@
+"""Packed attention against one softmax under an explicit mask, in fp64; the norm and its mark."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+# megaopd first: it lets megatron be imported where there is no CUDA.
+from megaopd.models.attention import PackedAttention, RMSNorm  # isort: split
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+LENGTHS = (5, 1, 9, 3)
+HEAD_DIM = 8
+
+
+def _inputs(heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(11)
+    tokens = sum(LENGTHS)
+    sizes = (heads, kv_heads, kv_heads)
+    q, k, v = (
+        torch.randn(tokens, n, HEAD_DIM, generator=generator, dtype=torch.float64) for n in sizes
+    )
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+
+
+def _packed(lengths: tuple[int, ...] = LENGTHS, qkv_format: str = "thd") -> PackedSeqParams:
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    return PackedSeqParams(
+        qkv_format=qkv_format,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+    )
+
+
+def _attention(heads: int, kv_heads: int, scale: float | None = None) -> PackedAttention:
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=heads * HEAD_DIM,
+        num_attention_heads=heads,
+        num_query_groups=kv_heads,
+        kv_channels=HEAD_DIM,
+    )
+    # Megatron hands over more than is used.
+    return PackedAttention(
+        config, 1, AttnMaskType.padding_causal, "self", softmax_scale=scale, cp_comm_type=None
+    )
+
+
+def _reference(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """softmax(scale q k^T + mask) v over all T tokens at once; [T, heads * head_dim]."""
+    heads = query.size(1)
+    # Query head h reads KV head h // (heads / kv_heads).
+    owner = torch.arange(heads) // (heads // key.size(1))
+    scale = 1 / math.sqrt(HEAD_DIM) if scale is None else scale
+    scores = torch.einsum("thd,shd->hts", query, key[:, owner]) * scale
+    tokens = torch.arange(query.size(0))
+    sequence = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    seen = (sequence[:, None] == sequence[None]) & (tokens[:, None] >= tokens[None])
+    probs = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("hts,shd->thd", probs, value[:, owner]).flatten(1)
+
+
+@pytest.mark.parametrize("scale", [None, 0.9])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 2), (3, 1)])
+def test_values_and_gradients(heads, kv_heads, scale):
+    inputs = _inputs(heads, kv_heads)
+    out = _attention(heads, kv_heads, scale)(*inputs, packed_seq_params=_packed())
+    expected = _reference(*inputs, scale)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+    upstream = torch.randn_like(out)
+    grads = torch.autograd.grad(out, inputs, upstream)
+    for grad, wanted in zip(grads, torch.autograd.grad(expected, inputs, upstream), strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-11, atol=1e-11)
+
+
+def test_sequences_do_not_see_each_other():
+    attention = _attention(4, 2)
+    inputs = _inputs(4, 2)
+    out = attention(*inputs, packed_seq_params=_packed())
+    start, end = 6, 15  # the third sequence
+    # Nothing of the others flows in ...
+    for grad in torch.autograd.grad(out[start:end].sum(), inputs):
+        assert not grad[:start].any()
+        assert not grad[end:].any()
+        assert grad[start:end].any()
+    # ... and what they hold changes nothing, to the bit.
+    changed = [x.detach().clone() for x in inputs]
+    for x in changed:
+        x[:start] = 100.0
+        x[end:] = torch.nan
+    again = attention(*changed, packed_seq_params=_packed())
+    assert again[start:end].equal(out[start:end])
+    assert again[end:].isnan().all()
+
+
+def test_no_token_sees_a_later_one():
+    attention = _attention(4, 2)
+    inputs = _inputs(4, 2)
+    out = attention(*inputs, packed_seq_params=_packed())
+    changed = [x.detach().clone() for x in inputs]
+    for x in changed:
+        x[10] += 1.0  # within the third sequence, tokens 6 to 14
+    again = attention(*changed, packed_seq_params=_packed())
+    same = (again == out).all(dim=1)
+    assert same[:10].all()
+    assert not same[10:15].any()
+
+
+def test_a_lone_token_gets_its_own_value():
+    query, key, value = _inputs(4, 2)
+    out = _attention(4, 2)(query, key, value, packed_seq_params=_packed())
+    assert out[5].equal(value[5].repeat_interleave(2, dim=0).flatten())
+
+
+@pytest.mark.parametrize("packed", [None, _packed(qkv_format="sbhd")])
+def test_what_is_not_packed_is_refused(packed):
+    with pytest.raises(ValueError, match="packed"):
+        _attention(4, 2)(*_inputs(4, 2), packed_seq_params=packed)
+
+
+def _norm(dtype: torch.dtype, sequence_parallel: bool = False) -> RMSNorm:
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=64,
+        num_attention_heads=4,
+        tensor_model_parallel_size=2,
+        sequence_parallel=sequence_parallel,
+        params_dtype=dtype,
+    )
+    return RMSNorm(config, 64, eps=1e-3, persist_layer_norm=False)
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_the_norm_tells_megatron_whether_its_gradient_is_partial(sequence_parallel):
+    weight = _norm(torch.float32, sequence_parallel).weight
+    assert weight.sequence_parallel is sequence_parallel
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.bfloat16, 2**-7)])
+def test_rms_norm(dtype, rtol):
+    norm = _norm(dtype)
+    assert norm.weight.dtype == dtype
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        norm.weight.copy_(1 + 0.2 * torch.randn(64, generator=generator))
+    x = (0.05 * torch.randn(7, 64, generator=generator)).to(dtype)  # where eps matters
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    out = norm(x)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), exact * norm.weight.double(), rtol=rtol, atol=0)
