@@ -36,9 +36,11 @@ def divergence(
     gradient (into the student's logits if `inplace`) and runs no collective.
 
     Args:
-        student_logits: [T, V_s / tp_size] any float dtype; rank r holds the global ids from r * width.
-        teacher_logits: [T, V_t / tp_size]; gets no gradient. If its width differs from the student's
-            and there is more than one rank, its columns are exchanged by one all-to-all per call.
+        student_logits: [T, V_s / tp_size] any float dtype; rank r holds the global ids from r *
+            width.
+        teacher_logits: [T, V_t / tp_size]; gets no gradient. If its width differs from the
+            student's and there is more than one rank, its columns are exchanged by one all-to-all
+            per call.
         kind: an entry of `DIVERGENCES`.
         beta: weight of the teacher in jsd's mixture, of the reverse KL in mixed.
         alpha: skew of the skewed KLs, order of alpha.
@@ -67,7 +69,9 @@ def divergence(
     )
     check_labels(labels_T, num_tokens)
     shard = make_shard(student_logits.shape[1], teacher_logits.shape[1], vocab_size, tp_group)
-    problem = make_problem(kind, beta, alpha, temperature, logprob_temperature, shard)
+    problem = make_problem(
+        kind, beta, alpha, temperature, logprob_temperature, shard, backend, student_logits
+    )
     teacher = reshard_columns(teacher_logits.detach(), shard)
     chunk = chunk_tokens or max(1, num_tokens)
     loss, student_entropy, teacher_entropy, *logprobs = _Divergence.apply(
@@ -87,7 +91,7 @@ class _Divergence(torch.autograd.Function):
         chunk: int,
         inplace: bool,
     ) -> tuple[Tensor, ...]:
-        true_logits = student_logits[:, : problem.shard.num_columns]
+        true_logits = student_logits.detach()[:, : problem.shard.num_columns]
         outputs, states = [], []
         # One round even for T = 0, so that the outputs have their dtype.
         for start in range(0, max(1, student_logits.shape[0]), chunk):
@@ -101,9 +105,8 @@ class _Divergence(torch.autograd.Function):
             outputs.append(values.as_list())
             states.append(state)
         joined = [torch.cat(column) for column in zip(*outputs, strict=True)]
-        state = tuple(torch.cat(column) for column in zip(*states, strict=True))
         ctx.problem, ctx.inplace = problem, inplace
-        ctx.save_for_backward(student_logits, teacher_logits, *state)
+        ctx.save_for_backward(student_logits, teacher_logits, torch.cat(states))
         ctx.mark_non_differentiable(*joined[1:])
         ctx.set_materialize_grads(False)
         return tuple(joined)
@@ -112,7 +115,7 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream[0] is None:
             return (None,) * 6
-        student_logits, teacher_logits, *state = ctx.saved_tensors
+        student_logits, teacher_logits, state = ctx.saved_tensors
         columns = ctx.problem.shard.num_columns
         logits = student_logits.detach()
         out = logits if ctx.inplace else torch.empty_like(logits)
@@ -120,7 +123,7 @@ class _Divergence(torch.autograd.Function):
             ctx.problem,
             logits[:, :columns],
             teacher_logits,
-            tuple(state),
+            state,
             upstream[0],
             out[:, :columns],
         )

@@ -7,11 +7,11 @@ D(p, q) the table holds
     pull(p, q, d)    p * phi with phi = dD/dp up to a constant: the gradient with respect to the
                      logits z, p = softmax(z / tau), is (pull - p * sum_i pull_i) / tau
 
-Everything else (chunks, tensor parallelism, top-k, heads, temperature, tests) is derived from these.
-Both are written so that near p = q nothing cancels: multiples of sum_j (p_j - q_j) = 0 are added to
-`value` until it is of second order in d, and phi is shifted to vanish at p = q. A small error of the
-normalisers then changes the value in second order only. Nothing here may overflow for |d| up to 1e5
-as long as the result does not: p and q may be 0 where d is large.
+Everything else (chunks, tensor parallelism, top-k, heads, temperature, tests) is derived from
+these. Both are written so that near p = q nothing cancels: multiples of sum_j (p_j - q_j) = 0 are
+added to `value` until it is of second order in d, and phi is shifted to vanish at p = q. A small
+error of the normalisers then changes the value in second order only. Nothing here may overflow for
+|d| up to 1e5 as long as the result does not: p and q may be 0 where d is large.
 
 Sources: GKD's JSD(beta), arXiv 2306.13649; skewed KL, arXiv 2402.03898; the alpha family is
 (sum_j p^a q^(1-a) - 1) / (a (a - 1)) with its limits KL(q||p) at a = 0 and KL(p||q) at a = 1.
@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ def _atanh_tail(s: Tensor) -> Tensor:
 
 
 def _psi(x: Tensor) -> Tensor:
-    """(1 + x) log(1 + x) - x for x in [-0.222, 0]; with s = x / (2 + x), log(1 + x) = 2 atanh(s)."""
+    """(1 + x) log(1 + x) - x for x in [-0.222, 0], by log(1 + x) = 2 atanh(s), s = x / (2 + x)."""
     s = x / (x + 2)
     return 2 * (s * s + (1 + s) * _atanh_tail(s)) / (1 - s)
 
@@ -183,9 +183,9 @@ class Part:
         value: elementwise summand.
         pull: elementwise p * phi.
         order: a where the term is the alpha divergence of order a (KL(p||q) is 1, KL(q||p) is 0),
-            else None. Such a term obeys a chain rule: over a partition of the vocabulary into shards
-            with masses w_r and v_r, D = sum_r w_r^a v_r^(1-a) D_r + D(w, v), so it needs one pass and
-            one collective, and sum_j pull_j = a D.
+            else None. Such a term obeys a chain rule: over a partition of the vocabulary into
+            shards with masses w_r and v_r, D = sum_r w_r^a v_r^(1-a) D_r + D(w, v), so it needs
+            one pass and one collective, and sum_j pull_j = a D.
     """
 
     weight: float
@@ -221,9 +221,8 @@ def _jsd(beta: float, alpha: float) -> tuple[Part, ...]:
 
 def _mixed(beta: float, alpha: float) -> tuple[Part, ...]:
     require(0 <= beta <= 1, "loss.beta", f"{beta} for mixed", "choose a value in [0, 1]")
-    ends = ((beta, reverse_kl_value, reverse_kl_pull, 1.0),)
-    ends += ((1 - beta, forward_kl_value, forward_kl_pull, 0.0),)
-    return tuple(Part(*end) for end in ends if end[0] > 0)
+    weighted = (replace(_REVERSE, weight=beta), replace(_FORWARD, weight=1 - beta))
+    return tuple(part for part in weighted if part.weight > 0)
 
 
 def _skewed(name: str, value: Callable, pull: Callable, limit: Part) -> Divergence:
@@ -266,8 +265,13 @@ DIVERGENCES: dict[str, Divergence] = {
 }
 
 
+@lru_cache(maxsize=64)
 def parts_of(kind: str, beta: float, alpha: float) -> tuple[Part, ...]:
-    """The terms of divergence `kind`; raises `LossArgumentError` for an unknown kind."""
+    """The terms of divergence `kind`, the same objects for the same arguments.
+
+    Raises:
+        LossArgumentError: an unknown kind, or a parameter out of its range.
+    """
     known = ", ".join(DIVERGENCES)
     require(kind in DIVERGENCES, "loss.kind", f"no divergence {kind!r}", f"choose one of {known}")
     return DIVERGENCES[kind].parts(beta, alpha)

@@ -9,8 +9,8 @@ With y ~ p, delta = log p(y) - log q(y), r = q(y) / p(y) = exp(-delta):
 | k3 = r - 1 + delta | unbiased, >= 0 | (1 - r) grad log p(y) | grad KL(q || p) |
 | k1 as an advantage | - | delta grad log p(y) | grad KL(p || q) |
 
-The names are those of http://joschu.net/blog/kl-approx.html. All of it supposes that y was drawn from
-the p whose log-probability is given.
+The names are those of http://joschu.net/blog/kl-approx.html. All of it supposes that y was drawn
+from the p whose log-probability is given.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ def sampled_divergence(
         teacher_logprobs_T: [T] log q(y_t); no gradient.
         estimator: "k1", "k2" or "k3".
         use: "loss": differentiable, to be minimised. k2's expected gradient is that of the reverse
-            KL(p || q); k3's is that of the FORWARD KL(q || p), though its value estimates the reverse
-            one. "advantage": detached and negated, to be multiplied with log p(y_t) in a policy
-            gradient that is maximised. k1's expected gradient is then that of the reverse KL; those of
-            k2 and k3 belong to no divergence (k3: the reverse KL's minus the forward KL's).
+            KL(p || q); k3's is that of the FORWARD KL(q || p), though its value estimates the
+            reverse one. "advantage": detached and negated, to be multiplied with log p(y_t) in a
+            policy gradient that is maximised. k1's expected gradient is then that of the reverse
+            KL; those of k2 and k3 belong to no divergence (k3: the reverse KL's minus the forward
+            KL's).
 
     Returns:
         [T] fp32.
@@ -53,7 +54,7 @@ def sampled_divergence(
     require(
         (estimator, use) != ("k1", "loss"),
         "loss.estimator",
-        "k1 as a loss: its gradient, grad log p(y), has expectation 0 and does not depend on the teacher",
+        "k1 as a loss: its gradient, grad log p(y), has expectation 0 and no teacher in it",
         "use k1 as an advantage, or k2 as a loss; both have the gradient of KL(p || q)",
     )
     student = student_logprobs_T if use == "loss" else student_logprobs_T.detach()

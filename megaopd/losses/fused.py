@@ -1,13 +1,13 @@
 """`linear_divergence`: from hidden states and LM heads; the logits exist chunk by chunk only.
 
-Per chunk of C tokens: two matmuls make the logits of student and teacher, the engine reduces them to
-scalars, the gradient overwrites the student's logits, and two matmuls carry it to the hidden states
-and the head. Three ways to the gradient, all without a [T, V] array:
+Per chunk of C tokens: two matmuls make the logits of student and teacher, the engine reduces them
+to scalars, the gradient overwrites the student's logits, and two matmuls carry it to the hidden
+states and the head. Three ways to the gradient, all without a [T, V] array:
 
 - token weights known beforehand: everything happens in the forward (4 matmuls in all), the backward
   multiplies by the upstream scalar;
-- no weights, frozen head: the hidden gradient of each token's loss is made in the forward and scaled
-  by the upstream gradient of that token in the backward (3 matmuls);
+- no weights, frozen head: the hidden gradient of each token's loss is made in the forward and
+  scaled by the upstream gradient of that token in the backward (3 matmuls);
 - no weights, trained head: the backward makes the logits again (6 matmuls).
 
 The hidden gradient is a sum over vocabulary shards: one all-reduce of [T, H] in the backward.
@@ -61,13 +61,14 @@ def linear_divergence(
             requires_grad its gradient is not computed.
         teacher_hidden: [T, H_t], no gradient.
         teacher_head: [V / tp_size, H_t] the same global ids as student_head, no gradient.
-        kind, beta, alpha, temperature, vocab_size, tp_group, backend, labels_T, logprob_temperature:
-            see `divergence`.
-        chunk_tokens: tokens whose logits are alive at a time; default 256 on a CPU, at most half of T.
+        kind, beta, alpha, temperature, vocab_size, tp_group, backend: see `divergence`.
+        labels_T, logprob_temperature: see `divergence`.
+        chunk_tokens: tokens whose logits are alive at a time; default 256 on a CPU, at most half
+            of T.
         inplace: accepted for symmetry; the logits are always overwritten.
         weights_T: [T] token weights, the same on every rank of the group. The output then holds
-            loss_sum = sum(weights_T * loss_T), which alone is differentiable; tokens of weight 0 are
-            left out of all the work and their entries of every [T] output are 0.
+            loss_sum = sum(weights_T * loss_T), which alone is differentiable; tokens of weight 0
+            are left out of all the work and their entries of every [T] output are 0.
         reduce_hidden_grad: all-reduce the hidden gradient over `tp_group`; False leaves this rank's
             partial sum, for a caller that reduce-scatters it (sequence parallelism).
 
@@ -98,7 +99,9 @@ def linear_divergence(
     )
     check_labels(labels_T, num_tokens)
     shard = make_shard(student_head.shape[0], teacher_head.shape[0], vocab_size, tp_group)
-    problem = make_problem(kind, beta, alpha, temperature, logprob_temperature, shard)
+    problem = make_problem(
+        kind, beta, alpha, temperature, logprob_temperature, shard, backend, student_hidden
+    )
 
     kept = None
     if weights_T is not None:
@@ -141,12 +144,14 @@ def linear_divergence(
     )
     if kept is not None:
         outputs = [x.new_zeros(num_tokens).index_copy(0, kept, x) for x in outputs]
-    loss, student_entropy, teacher_entropy, *logprobs = [*outputs, None, None][:5]
+    loss, student_entropy, teacher_entropy, *logprobs = outputs
+    student_logprobs, teacher_logprobs = logprobs or (None, None)
     return DivergenceOutput(
         loss,
         student_entropy,
         teacher_entropy,
-        *logprobs,
+        student_logprobs,
+        teacher_logprobs,
         loss_sum=None if weights_T is None else loss_sum,
     )
 
@@ -249,9 +254,8 @@ class _LinearDivergence(torch.autograd.Function):
         ctx.head_grad = None if head_grad is None else head_grad.result()
         ctx.precomputed = make_head_grad or make_hidden_grad
         if not ctx.precomputed and (plan.hidden_grad or plan.head_grad):
-            state = tuple(torch.cat(column) for column in zip(*states, strict=True))
             ctx.save_for_backward(
-                student_hidden, student_head, teacher_hidden, teacher_head, *state
+                student_hidden, student_head, teacher_hidden, teacher_head, torch.cat(states)
             )
         ctx.set_materialize_grads(False)
         if weights is None:
@@ -288,9 +292,9 @@ class _LinearDivergence(torch.autograd.Function):
 
 
 def _recomputed_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Makes the logits again, chunk by chunk, for an upstream gradient [T] that has just become known."""
+    """Makes the logits again, chunk by chunk, now that the upstream gradient [T] is known."""
     plan: _Plan = ctx.plan
-    student_hidden, student_head, teacher_hidden, teacher_head, *state = ctx.saved_tensors
+    student_hidden, student_head, teacher_hidden, teacher_head, state = ctx.saved_tensors
     num_rows, columns = student_hidden.shape[0], plan.problem.shard.num_columns
     head, teacher_rows = student_head[:columns], teacher_head[:columns]
     num_chunks = -(-num_rows // plan.chunk)
@@ -303,8 +307,7 @@ def _recomputed_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Te
         z, u = z_buffer[: h.shape[0]], u_buffer[: h.shape[0]]
         torch.mm(h, head.t(), out=z)
         torch.mm(teacher_hidden[rows], teacher_rows.t(), out=u)
-        scalars = tuple(row[rows] for row in state)
-        gradient_rows(plan.problem, z, u, scalars, upstream[rows], z)
+        gradient_rows(plan.problem, z, u, state[rows], upstream[rows], z)
         if hidden_grad is not None:
             torch.mm(z, head, out=hidden_grad[rows])
         if head_grad is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megaopd.losses.backends import make_backend
 from megaopd.losses.divergences import parts_of
 from megaopd.losses.engine import Problem
 from megaopd.losses.validation import require
@@ -23,7 +24,8 @@ class DivergenceOutput:
         teacher_entropy_T: [T] likewise.
         student_logprobs_T: [T] log-probability of the labels, detached; None without labels.
         teacher_logprobs_T: [T] likewise.
-        loss_sum: the differentiable scalar sum(weights_T * loss_T) where weights were given, else None.
+        loss_sum: the differentiable scalar sum(weights_T * loss_T) where weights were given, else
+            None.
     """
 
     loss_T: Tensor
@@ -41,8 +43,14 @@ def make_problem(
     temperature: float,
     logprob_temperature: float | None,
     shard: VocabShard,
+    backend: str,
+    like: Tensor,
 ) -> Problem:
-    """Checks the options and turns them into the engine's terms."""
+    """Checks the options and turns them into the engine's terms.
+
+    Args:
+        like: [T, ...] on the device where the work is done.
+    """
     for where, value in (
         ("loss.temperature", temperature),
         ("logprob_temperature", logprob_temperature),
@@ -50,7 +58,11 @@ def make_problem(
         require(value is None or value > 0, where, f"{value}", "choose a positive temperature")
     if logprob_temperature == temperature:
         logprob_temperature = None
-    return Problem(parts_of(kind, beta, alpha), temperature, logprob_temperature, shard)
+    parts = parts_of(kind, beta, alpha)
+    made = make_backend(
+        backend, parts, temperature, logprob_temperature, like, like.shape[0] * shard.width
+    )
+    return Problem(parts, temperature, logprob_temperature, shard, made)
 
 
 def check_labels(labels: Tensor | None, num_tokens: int) -> None:

@@ -1,13 +1,16 @@
-"""The work that touches every logit: three functions of a tile of rows, in plain torch.
+"""The work that touches every logit, as functions of a tile of rows in plain torch.
 
-A tile is z (student) and u (teacher), [C, V] logits of any float dtype. Per row a function returns
-scalars [C]; nothing but the gradient is as wide as the tile when these are compiled, and in eager mode
-the temporaries are as wide as a tile, which the caller keeps small.
+A tile is z (student) and u (teacher), [C, V] logits of any float dtype; results are scalars per
+row, [C], except for the gradient. Nothing else is as wide as the tile once these are compiled; in
+eager mode the temporaries are, so the caller keeps tiles small (`torch_backend`). `triton_backend`
+does the same work on a GPU.
 
 Logits below `LOGIT_FLOOR`, -inf among them, count as `LOGIT_FLOOR`: a masked token has probability
-exactly 0 and a finite log-ratio. Differences are taken before the temperature and before anything is
-exponentiated: d = ((z - u) - (max z - max u)) / tau - log_ratio, so that near-equal logits of any size
-keep their digits.
+exactly 0 and a finite log-ratio. Differences are taken before the temperature and before anything
+is exponentiated, see `_centred_difference`.
+
+Row scalars, as `probabilities` takes them, stacked [C, 5]: max_z, max_u, scale_z, scale_u,
+log_ratio; p = scale_z exp((z - max_z) / tau), q likewise, and d = log p - log q.
 """
 
 from __future__ import annotations
@@ -21,6 +24,11 @@ from megaopd.losses.divergences import Part, forward_kl_pull
 
 LOGIT_FLOOR = -32768.0
 
+# Where max z - max u is larger, logits are compared after each is centred on its own maximum.
+WIDE_GAP = 64.0
+
+Parts = Sequence[Part]
+
 
 def widen(logits: Tensor) -> Tensor:
     """To fp32 (fp64 stays), floored; NaN stays NaN."""
@@ -28,85 +36,125 @@ def widen(logits: Tensor) -> Tensor:
     return wide.clamp(min=LOGIT_FLOOR)
 
 
-def normalisers(z: Tensor, u: Tensor, inv_tau: float, extra_inv_tau: float | None) -> list[Tensor]:
+def _maximum(logits: Tensor) -> Tensor:
+    """Row maximum, [C, 1] wide."""
+    return widen(logits.amax(dim=1, keepdim=True))
+
+
+def _centred_difference(
+    wide_z: Tensor, wide_u: Tensor, centred_z: Tensor, centred_u: Tensor, gap: Tensor
+) -> Tensor:
+    """(z - max z) - (u - max u), rounded as little as possible; gap = max z - max u, [C, 1].
+
+    (z - u) - gap keeps the digits of near-equal logits, whatever their size; where one side is
+    shifted far away it would lose them, and the difference of the centred logits is taken.
+    """
+    far = gap.abs() > WIDE_GAP
+    return torch.where(far, centred_z - centred_u, (wide_z - wide_u) - gap)
+
+
+def normalisers(inv_tau: float, extra_inv_tau: float | None, z: Tensor, u: Tensor) -> list[Tensor]:
     """Row statistics of both softmaxes.
 
     Returns:
-        [C] each: max z, max u, then for z and u sum e and sum e (x - max) / tau with
-        e = exp((x - max) / tau), then, if `extra_inv_tau` is given, sum e at that temperature.
+        [C] each: max z, max u, then with e = exp((x - max) / tau) sum e of z and of u, and
+        sum e (x - max) / tau of z and of u; then, if `extra_inv_tau` is given, sum e at that
+        temperature of z and of u.
     """
-    found = []
-    maxima = []
-    for x in (widen(z), widen(u)):
-        top = x.amax(dim=1, keepdim=True)
-        centred = x - top
+    tops, sums, dots, extras = [], [], [], []
+    for x in (z, u):
+        top = _maximum(x)
+        centred = widen(x) - top
         scaled = centred * inv_tau
         e = torch.exp(scaled)
-        maxima.append(top[:, 0])
-        found.append([e.sum(dim=1), (e * scaled).sum(dim=1)])
+        tops.append(top[:, 0])
+        sums.append(e.sum(dim=1))
+        dots.append((e * scaled).sum(dim=1))
         if extra_inv_tau is not None:
-            found[-1].append(torch.exp(centred * extra_inv_tau).sum(dim=1))
-    (sum_z, dot_z, *more_z), (sum_u, dot_u, *more_u) = found
-    return [*maxima, sum_z, sum_u, dot_z, dot_u, *more_z, *more_u]
+            extras.append(torch.exp(centred * extra_inv_tau).sum(dim=1))
+    return [*tops, *sums, *dots, *extras]
+
+
+def pivot_pass(
+    parts: Parts, inv_tau: float, extra_inv_tau: float | None, z: Tensor, u: Tensor
+) -> list[Tensor]:
+    """`normalisers` and what the terms with a chain rule need, from one pass after the maxima.
+
+    The terms are applied to e_z and e_u, which are no probabilities yet, with d = log e_z - log
+    e_u; `engine` turns the sums into divergences of the softmaxes.
+
+    Returns:
+        `normalisers`, then sum (e_u - e_z), then sum value per part; [C] each.
+    """
+    top_z, top_u = _maximum(z), _maximum(u)
+    wide_z, wide_u = widen(z), widen(u)
+    centred_z, centred_u = wide_z - top_z, wide_u - top_u
+    scaled_z, scaled_u = centred_z * inv_tau, centred_u * inv_tau
+    e_z, e_u = torch.exp(scaled_z), torch.exp(scaled_u)
+    found = [e_z, e_u, e_z * scaled_z, e_u * scaled_u]
+    if extra_inv_tau is not None:
+        found += [torch.exp(centred_z * extra_inv_tau), torch.exp(centred_u * extra_inv_tau)]
+    d = _centred_difference(wide_z, wide_u, centred_z, centred_u, top_z - top_u) * inv_tau
+    found.append(-forward_kl_pull(e_z, e_u, d))
+    found += [part.value(e_z, e_u, d) for part in parts]
+    return [top_z[:, 0], top_u[:, 0], *(x.sum(dim=1) for x in found)]
 
 
 def probabilities(
-    z: Tensor,
-    u: Tensor,
-    inv_tau: float,
-    max_z: Tensor,
-    max_u: Tensor,
-    scale_z: Tensor,
-    scale_u: Tensor,
-    log_ratio: Tensor,
+    inv_tau: float, z: Tensor, u: Tensor, rows: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """p = scale_z exp((z - max_z) / tau), q likewise, and d = log p - log q; row scalars are [C]."""
+    """p, q and d = log p - log q, [C, V] wide."""
+    max_z, max_u, scale_z, scale_u, log_ratio = (row[:, None] for row in rows)
     wide_z, wide_u = widen(z), widen(u)
-    p = torch.exp((wide_z - max_z[:, None]) * inv_tau) * scale_z[:, None]
-    q = torch.exp((wide_u - max_u[:, None]) * inv_tau) * scale_u[:, None]
-    d = ((wide_z - wide_u) - (max_z - max_u)[:, None]) * inv_tau - log_ratio[:, None]
-    return p, q, d
+    centred_z, centred_u = wide_z - max_z, wide_u - max_u
+    p = torch.exp(centred_z * inv_tau) * scale_z
+    q = torch.exp(centred_u * inv_tau) * scale_u
+    difference = _centred_difference(wide_z, wide_u, centred_z, centred_u, max_z - max_u)
+    return p, q, difference * inv_tau - log_ratio
 
 
-def part_sums(p: Tensor, q: Tensor, d: Tensor, parts: Sequence[Part]) -> list[Tensor]:
-    """Row sums of value and pull of each part, then sum (q - p): how far `log_ratio` is off."""
+def part_sums(parts: Parts, inv_tau: float, z: Tensor, u: Tensor, rows: Tensor) -> list[Tensor]:
+    """Row sums of value and pull, [C] each, of every part in turn.
+
+    Args:
+        rows: [C, 5] row scalars.
+    """
+    p, q, d = probabilities(inv_tau, z, u, rows.unbind(1))
     sums = []
     for part in parts:
         sums += [part.value(p, q, d).sum(dim=1), part.pull(p, q, d).sum(dim=1)]
-    sums.append(-forward_kl_pull(p, q, d).sum(dim=1))
     return sums
 
 
 def local_pass(
-    z: Tensor, u: Tensor, inv_tau: float, extra_inv_tau: float | None, parts: Sequence[Part]
+    parts: Parts, inv_tau: float, extra_inv_tau: float | None, z: Tensor, u: Tensor
 ) -> list[Tensor]:
-    """`normalisers`, then with the tile's own softmaxes log_ratio and `part_sums`."""
-    stats = normalisers(z, u, inv_tau, extra_inv_tau)
+    """`normalisers`, log_ratio, sum (q - p), then the sums of `part_sums`, under the tile's
+    softmaxes.
+
+    sum (q - p), in truth 0, tells how far the rounded log_ratio is off.
+    """
+    stats = normalisers(inv_tau, extra_inv_tau, z, u)
     max_z, max_u, sum_z, sum_u = stats[:4]
     log_ratio = torch.log(sum_z / sum_u)
-    p, q, d = probabilities(z, u, inv_tau, max_z, max_u, 1 / sum_z, 1 / sum_u, log_ratio)
-    return [*stats, log_ratio, *part_sums(p, q, d, parts)]
+    p, q, d = probabilities(inv_tau, z, u, (max_z, max_u, 1 / sum_z, 1 / sum_u, log_ratio))
+    found = [-forward_kl_pull(p, q, d)]
+    for part in parts:
+        found += [part.value(p, q, d), part.pull(p, q, d)]
+    return [*stats, log_ratio, *(x.sum(dim=1) for x in found)]
 
 
-def global_sums(
-    z: Tensor, u: Tensor, inv_tau: float, parts: Sequence[Part], *rows: Tensor
-) -> list[Tensor]:
-    """`part_sums` under softmaxes whose row scalars (see `probabilities`) came from all shards."""
-    return part_sums(*probabilities(z, u, inv_tau, *rows), parts)
+def write_gradient(
+    parts: Parts, inv_tau: float, z: Tensor, u: Tensor, rows: Tensor, out: Tensor
+) -> None:
+    """out = row_weight (pull - p mean_pull), rounded to out's dtype; `out` may be z.
 
-
-def gradient(
-    z: Tensor,
-    u: Tensor,
-    inv_tau: float,
-    parts: Sequence[Part],
-    mean_pull: Tensor,
-    row_weight: Tensor,
-    *rows: Tensor,
-) -> Tensor:
-    """row_weight (pull - p mean_pull), [C, V] in the wide dtype; `row_weight` holds the 1 / tau."""
-    p, q, d = probabilities(z, u, inv_tau, *rows)
-    total = -p * mean_pull[:, None]
+    Args:
+        rows: [C, 7] the five row scalars, then mean_pull, then row_weight, which holds the 1 / tau.
+    """
+    *scalars, mean_pull, row_weight = rows.unbind(1)
+    p, q, d = probabilities(inv_tau, z, u, scalars)
+    total = p * -mean_pull[:, None]
     for part in parts:
         total = total + part.pull(p, q, d) * part.weight
-    return total * row_weight[:, None]
+    out.copy_(total * row_weight[:, None])

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaopd.losses import row_kernels
-from megaopd.losses.engine import Problem, stack_tiles, tiles
+from megaopd.losses.engine import Problem
 from megaopd.losses.output import DivergenceOutput, make_problem
+from megaopd.losses.torch_backend import stack_tiles, tiles
 from megaopd.losses.validation import require
 from megaopd.losses.vocab_shard import make_shard
 
@@ -55,8 +56,8 @@ def topk_divergence(
         kind, beta, alpha, temperature, vocab_size, tp_group, backend, inplace: see `divergence`.
 
     Returns:
-        `DivergenceOutput`; teacher_entropy_T is the entropy of the teacher's K or K + 1 outcomes, the
-        student's is over the full vocabulary.
+        `DivergenceOutput`; teacher_entropy_T is the entropy of the teacher's K or K + 1 outcomes,
+        the student's is over the full vocabulary.
 
     Raises:
         LossArgumentError: an option, an id or a shape that does not fit.
@@ -70,7 +71,7 @@ def topk_divergence(
         f"give ({num_tokens}, K) for both",
     )
     shard = make_shard(width, width, vocab_size, tp_group)
-    problem = make_problem(kind, beta, alpha, temperature, None, shard)
+    problem = make_problem(kind, beta, alpha, temperature, None, shard, "eager", student_logits)
     if teacher_ids.numel():
         low, high = teacher_ids.aminmax()
         require(

@@ -1,8 +1,9 @@
 """Who owns which vocabulary column, and the collectives over the owners.
 
-Rank r of a tensor-parallel group of R owns the global ids [r * width, (r + 1) * width). Ids at or past
-the true vocabulary are padding: they are cut off here, so that nothing else ever sees them. A rank may
-own padding only.
+Rank r of a tensor-parallel group of R owns the global ids [r * width, (r + 1) * width). Ids at or
+past
+the true vocabulary are padding: they are cut off here, so that nothing else ever sees them. A rank
+may own padding only.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ class VocabShard:
         return min(max(self.vocab_size - self.first_id, 0), self.width)
 
     def local_ids(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Global ids -> (local columns, 0 where another rank owns the id; bool, True where this does)."""
+        """Global ids -> (local columns, 0 if another rank owns the id; whether this one does)."""
         local = ids - self.first_id
         owned = (local >= 0) & (local < self.num_columns)
         return torch.where(owned, local, 0), owned
 
     def all_gather(self, values: Tensor) -> Tensor:
-        """[...] on each rank -> [R, ...] on all, in rank order. Called by every rank of the group."""
+        """[...] on each rank -> [R, ...] on all, in rank order. Every rank makes the call."""
         if self.size == 1 or values.numel() == 0:
             return values.expand(self.size, *values.shape)
         values = values.contiguous()
@@ -94,8 +95,8 @@ def reshard_columns(logits: Tensor, shard: VocabShard) -> Tensor:
         logits: [T, width_t] of this rank, width_t columns per rank of `shard.group`.
 
     Returns:
-        [T, shard.num_columns], a view when the partitions agree; otherwise one all-to-all, called by
-        every rank of the group.
+        [T, shard.num_columns], a view when the partitions agree; otherwise one all-to-all, called
+        by every rank of the group.
     """
     own_width = logits.shape[1]
     if shard.size == 1 or own_width == shard.width:

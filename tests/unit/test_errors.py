@@ -133,7 +133,9 @@ def test_success_returns():
     assert done.stdout == "argv ['fine']\nno newline|returned\n"
 
 
-@pytest.mark.parametrize("cls", [*_subclasses(MegaOPDError)], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "cls", sorted(_subclasses(MegaOPDError), key=lambda c: c.__name__), ids=lambda c: c.__name__
+)
 def test_an_error_travels_between_processes(cls):
     error = pickle.loads(pickle.dumps(cls("a", "b", "c")))
     assert type(error) is cls
