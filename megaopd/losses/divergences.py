@@ -91,6 +91,11 @@ def reverse_kl_pull(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
     return p * d
 
 
+def reverse_kl_excess(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
+    """q - p from terms that the value has computed already."""
+    return reverse_kl_value(p, q, d) - p * d
+
+
 def forward_kl_value(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
     """q log(q/p) - q + p."""
     return reverse_kl_value(q, p, -d)
@@ -99,6 +104,11 @@ def forward_kl_value(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
 def forward_kl_pull(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
     """phi = 1 - q/p, hence pull = p - q."""
     return torch.where(d.abs() < NEAR, p * (d - _exp_remainder(d)), p - q)
+
+
+def forward_kl_excess(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
+    """q - p, likewise."""
+    return -forward_kl_value(p, q, d) - q * d
 
 
 def jsd_value(p: Tensor, q: Tensor, d: Tensor, beta: float) -> Tensor:
@@ -186,12 +196,14 @@ class Part:
             else None. Such a term obeys a chain rule: over a partition of the vocabulary into
             shards with masses w_r and v_r, D = sum_r w_r^a v_r^(1-a) D_r + D(w, v), so it needs
             one pass and one collective, and sum_j pull_j = a D.
+        excess: elementwise q - p, made of what `value` computes anyway, if there is such a form.
     """
 
     weight: float
     value: ElementFn
     pull: ElementFn
     order: float | None = None
+    excess: ElementFn | None = None
 
 
 @dataclass(frozen=True)
@@ -207,8 +219,8 @@ class Divergence:
     parts: Callable[[float, float], tuple[Part, ...]]
 
 
-_REVERSE = Part(1.0, reverse_kl_value, reverse_kl_pull, order=1.0)
-_FORWARD = Part(1.0, forward_kl_value, forward_kl_pull, order=0.0)
+_REVERSE = Part(1.0, reverse_kl_value, reverse_kl_pull, 1.0, reverse_kl_excess)
+_FORWARD = Part(1.0, forward_kl_value, forward_kl_pull, 0.0, forward_kl_excess)
 _TVD = Part(1.0, tvd_value, tvd_pull)
 
 

@@ -63,8 +63,8 @@ def linear_divergence(
         teacher_head: [V / tp_size, H_t] the same global ids as student_head, no gradient.
         kind, beta, alpha, temperature, vocab_size, tp_group, backend: see `divergence`.
         labels_T, logprob_temperature: see `divergence`.
-        chunk_tokens: tokens whose logits are alive at a time; default 256 on a CPU, at most half
-            of T.
+        chunk_tokens: tokens whose logits are alive at a time; default at most 256 on a CPU,
+            2048 on a GPU.
         inplace: accepted for symmetry; the logits are always overwritten.
         weights_T: [T] token weights, the same on every rank of the group. The output then holds
             loss_sum = sum(weights_T * loss_T), which alone is differentiable; tokens of weight 0
@@ -118,7 +118,7 @@ def linear_divergence(
     rows = num_tokens if kept is None else kept.numel()
     if chunk_tokens is None:
         most = _CHUNK_TOKENS.get(student_hidden.device.type, _CHUNK_TOKENS["cpu"])
-        chunk_tokens = min(most, -(-rows // 2))
+        chunk_tokens = -(-rows // max(1, -(-rows // most)))  # chunks of about one size
     weights = weights_T
     if kept is not None and weights_T is not None:
         weights = weights_T[kept]
@@ -174,29 +174,46 @@ class _HeadGradient:
         self.head = head
         self.num_columns = num_columns
         self.direct = num_chunks == 1 or head.dtype in (torch.float32, torch.float64)
-        dtype = head.dtype if self.direct else torch.float32
-        self.total = torch.empty(head.shape, dtype=dtype, device=head.device)
-        self.started = False
+        self.dtype = head.dtype if self.direct else torch.float32
+        self.total: Tensor | None = None
 
     def add(self, dz: Tensor, hidden: Tensor) -> None:
+        started = self.total is not None
+        if self.total is None:
+            self.total = self._allocate()
         true_rows = self.total[: self.num_columns]
         if self.direct:
             # beta = 0 makes the first product overwrite: no pass to fill with zeros.
-            true_rows.addmm_(dz.t(), hidden, beta=float(self.started))
+            true_rows.addmm_(dz.t(), hidden, beta=float(started))
         else:
             for start in range(0, self.num_columns, _HEAD_BLOCK):
                 block = slice(start, start + _HEAD_BLOCK)
                 product = dz[:, block].t() @ hidden
-                if self.started:
+                if started:
                     true_rows[block] += product
                 else:
                     true_rows[block] = product
-        self.started = True
+
+    def _allocate(self) -> Tensor:
+        """Padding is 0; the true rows are written by the first chunk."""
+        total = torch.empty(self.head.shape, dtype=self.dtype, device=self.head.device)
+        total[self.num_columns :].zero_()
+        return total
 
     def result(self) -> Tensor:
-        start = self.num_columns if self.started else 0
-        self.total[start:].zero_()
-        return self.total.to(self.head.dtype)
+        """The sum in the head's dtype; called once."""
+        if self.total is None:
+            return torch.zeros_like(self.head)
+        if self.total.dtype == self.head.dtype:
+            return self.total
+        # Rounded front to back into the same memory: a rounded row ends before any row that has not
+        # been read begins, so a second array of the head's size is never alive.
+        rounded = self.total.view(self.head.dtype).view(-1)[: self.total.numel()]
+        rounded = rounded.view(self.total.shape)
+        for first in range(0, self.total.shape[0], _HEAD_BLOCK):
+            block = slice(first, first + _HEAD_BLOCK)
+            rounded[block] = self.total[block].to(self.head.dtype)
+        return rounded
 
 
 def _chunk_logits(
@@ -243,6 +260,8 @@ class _LinearDivergence(torch.autograd.Function):
                 continue
             upstream = torch.ones_like(values.loss) if weights is None else weights[rows]
             gradient_rows(problem, z, u, state, upstream, z)
+            if rows.stop >= num_rows:
+                del u, u_buffer  # room for the head's gradient, if this is the only chunk
             if hidden_grad is not None:
                 torch.mm(z, head, out=hidden_grad[rows])
             if head_grad is not None:
@@ -308,6 +327,8 @@ def _recomputed_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Te
         torch.mm(h, head.t(), out=z)
         torch.mm(teacher_hidden[rows], teacher_rows.t(), out=u)
         gradient_rows(plan.problem, z, u, state[rows], upstream[rows], z)
+        if rows.stop >= num_rows:
+            del u, u_buffer
         if hidden_grad is not None:
             torch.mm(z, head, out=hidden_grad[rows])
         if head_grad is not None:

@@ -95,7 +95,8 @@ def pivot_pass(
     if extra_inv_tau is not None:
         found += [torch.exp(centred_z * extra_inv_tau), torch.exp(centred_u * extra_inv_tau)]
     d = _centred_difference(wide_z, wide_u, centred_z, centred_u, top_z - top_u) * inv_tau
-    found.append(-forward_kl_pull(e_z, e_u, d))
+    excess = parts[0].excess
+    found.append(excess(e_z, e_u, d) if excess else -forward_kl_pull(e_z, e_u, d))
     found += [part.value(e_z, e_u, d) for part in parts]
     return [top_z[:, 0], top_u[:, 0], *(x.sum(dim=1) for x in found)]
 
@@ -144,10 +145,8 @@ def local_pass(
     return [*stats, log_ratio, *(x.sum(dim=1) for x in found)]
 
 
-def write_gradient(
-    parts: Parts, inv_tau: float, z: Tensor, u: Tensor, rows: Tensor, out: Tensor
-) -> None:
-    """out = row_weight (pull - p mean_pull), rounded to out's dtype; `out` may be z.
+def _gradient(parts: Parts, inv_tau: float, z: Tensor, u: Tensor, rows: Tensor) -> Tensor:
+    """row_weight (pull - p mean_pull), [C, V] wide.
 
     Args:
         rows: [C, 7] the five row scalars, then mean_pull, then row_weight, which holds the 1 / tau.
@@ -157,4 +156,18 @@ def write_gradient(
     total = p * -mean_pull[:, None]
     for part in parts:
         total = total + part.pull(p, q, d) * part.weight
-    out.copy_(total * row_weight[:, None])
+    return total * row_weight[:, None]
+
+
+def write_gradient(
+    parts: Parts, inv_tau: float, z: Tensor, u: Tensor, rows: Tensor, out: Tensor
+) -> None:
+    """The gradient into `out`, which shares no memory with the logits, rounded to its dtype."""
+    out.copy_(_gradient(parts, inv_tau, z, u, rows))
+
+
+def overwrite_with_gradient(
+    parts: Parts, inv_tau: float, z: Tensor, u: Tensor, rows: Tensor
+) -> None:
+    """The gradient into z. A function of its own: torch.compile mishandles aliased arguments."""
+    z.copy_(_gradient(parts, inv_tau, z, u, rows))

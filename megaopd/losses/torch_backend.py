@@ -74,6 +74,7 @@ class TorchBackend:
         self._local_pass = bind(row_kernels.local_pass, parts, inv_tau, extra_inv_tau)
         self._part_sums = bind(row_kernels.part_sums, parts, inv_tau)
         self._write_gradient = bind(row_kernels.write_gradient, parts, inv_tau)
+        self._overwrite_with_gradient = bind(row_kernels.overwrite_with_gradient, parts, inv_tau)
 
     def _tiles(self, z: Tensor) -> Iterator[slice]:
         kinds = self.tile_elements
@@ -142,9 +143,18 @@ class TorchBackend:
         return sums[0::2], sums[1::2]
 
     def write_gradient(self, z: Tensor, u: Tensor, rows: Tensor, out: Tensor) -> None:
-        """See `row_kernels.write_gradient`; rows [C, 7]."""
+        """The gradient into `out`, which may be z; rows [C, 7], see `row_kernels`."""
+        in_place = _memory(out) == _memory(z)
         for t in self._tiles(z):
-            self._write_gradient(z[t], u[t], rows[t], out[t])
+            teacher = u[t].clone() if _memory(u) == _memory(out) else u[t]
+            if in_place:
+                self._overwrite_with_gradient(z[t], teacher, rows[t])
+            else:
+                self._write_gradient(z[t], teacher, rows[t], out[t])
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
 
 def _wide(z: Tensor, u: Tensor) -> torch.dtype:
