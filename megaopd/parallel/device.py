@@ -16,7 +16,8 @@ def init_distributed(timeout_s: float = 600.0) -> torch.device:
     """Joins the process group that torchrun describes and returns this rank's device.
 
     Without torchrun's environment the process is a world of one. On CPU the threads of the machine
-    are shared out over the ranks of this node unless OMP_NUM_THREADS says otherwise.
+    are shared out over the ranks of this node unless OMP_NUM_THREADS says otherwise; a value of 1
+    counts as unset, because that is what torchrun puts there by itself.
 
     Raises:
         EnvironmentFault: more ranks on this node than GPUs.
@@ -43,7 +44,6 @@ def init_distributed(timeout_s: float = 600.0) -> torch.device:
         # gloo beside NCCL carries Python objects and the CPU tensors of checkpoints.
         dist.init_process_group("cuda:nccl,cpu:gloo", timeout=timeout, device_id=device)
         return device
-    # torchrun itself sets OMP_NUM_THREADS=1 where it is unset, which leaves cores idle.
     cores = len(os.sched_getaffinity(0))
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(max(1, cores // local_size))
