@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 TASK ?= copy
 RANKS ?= 3
 DEMO := .cache/demo
+# What the demo trains with; the check of its export finds the run's directory by the same words.
+DEMO_RUN = conf=demo_cpu data=demo_$(TASK) $(ARGS)
 
 .PHONY: demo test test-fast lint docs clean
 
@@ -21,8 +23,8 @@ $(DEMO)/complete: $(VENV)/installed tools/prepare_demo.py
 	touch $@
 
 demo: $(DEMO)/complete
-	$(BIN)/torchrun --nproc-per-node $(RANKS) -m megaopd.train conf=demo_cpu data=demo_$(TASK) $(ARGS)
-	$(BIN)/python tools/check_export.py runs/demo
+	$(BIN)/torchrun --nproc-per-node $(RANKS) -m megaopd.train $(DEMO_RUN)
+	$(BIN)/python tools/check_export.py $(DEMO_RUN)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ and compares token by token with what the trained model answered in its evaluati
 (RUN/eval_after.jsonl). Writes `export_greedy_identical` and the counts into RUN/summary.json.
 
     python tools/check_export.py runs/demo [--prompts 32]
+    python tools/check_export.py conf=demo_cpu run.dir=elsewhere    the run of these arguments
 """
 
 from __future__ import annotations
@@ -18,22 +19,38 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megaopd.config import load
 from megaopd.errors import CheckpointError, run_cli
+
+
+def run_directory(words: list[str]) -> Path:
+    """The directory itself, or that of the run which was started with these arguments."""
+    if len(words) == 1 and not words[0].startswith("conf="):
+        return Path(words[0])
+    return Path(load(words).run.dir)
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="directory of a finished run")
+    parser.add_argument(
+        "run",
+        nargs="+",
+        help="directory of a finished run, or the arguments that the run was started with "
+        "(conf=NAME key=value ...), which name it",
+    )
     parser.add_argument("--prompts", type=int, default=32, help="evaluation prompts to compare")
     args = parser.parse_args(argv)
 
-    summary_path, answers_path = args.run / "summary.json", args.run / "eval_after.jsonl"
+    run = run_directory(args.run)
+    summary_path, answers_path = run / "summary.json", run / "eval_after.jsonl"
     for path in (summary_path, answers_path):
         if not path.is_file():
             raise CheckpointError(str(path), "not there", "give the directory of a finished run")
     summary = json.loads(summary_path.read_text())
+    if summary["hf_export"] is None:
+        raise CheckpointError(str(run), "the run exported nothing", "run it with train.export=true")
     answers = [json.loads(line) for line in answers_path.read_text().splitlines()][: args.prompts]
 
     tokenizer = AutoTokenizer.from_pretrained(summary["hf_export"])
