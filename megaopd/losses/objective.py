@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from megaopd.batch import HiddenSignal, PackedBatch
 from megaopd.config import LossConfig
-from megaopd.losses import linear_divergence
+from megaopd.losses import DivergenceOutput, divergence, linear_divergence
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class DivergenceObjective:
         vocab_size: true vocabulary size; padded entries have probability and gradient 0.
         rollout_temperature: temperature of the sampler's log-probs, for the mismatch metrics.
         tp_group: the student's tensor-parallel group; None is a group of one.
+        fused: whether logits exist chunk by chunk only. Otherwise all of them are made first,
+            [T, V / tp_size] for both models and the gradient: the yardstick of the fused form.
     """
 
     def __init__(
@@ -50,8 +53,10 @@ class DivergenceObjective:
         vocab_size: int,
         rollout_temperature: float,
         tp_group: dist.ProcessGroup | None,
+        fused: bool = True,
     ) -> None:
         self.config = config
+        self.fused = fused
         self.vocab_size = vocab_size
         self.rollout_temperature = rollout_temperature
         self.tp_group = tp_group
@@ -67,7 +72,8 @@ class DivergenceObjective:
         """
         c = self.config
         mask = batch.loss_mask_T
-        out = linear_divergence(
+        form = linear_divergence if self.fused else _unfused_divergence
+        out = form(
             hidden_TH,
             head_VH,
             signal.hidden_TH,
@@ -109,3 +115,34 @@ class DivergenceObjective:
 
 def _masked_sum(values_T: Tensor, mask_T: Tensor) -> Tensor:
     return torch.where(mask_T, values_T.detach(), 0.0).sum()
+
+
+class _SumGradient(torch.autograd.Function):
+    """x forward, the sum over the group's gradients backward: each rank's is its shard's part."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        total = upstream[0].clone(memory_format=torch.contiguous_format)
+        if ctx.group is not None and ctx.group.size() > 1:
+            dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def _unfused_divergence(
+    hidden_TH: Tensor,
+    head_VH: Tensor,
+    teacher_hidden_TH: Tensor,
+    teacher_head_VH: Tensor,
+    *,
+    weights_T: Tensor,
+    **options: Any,
+) -> DivergenceOutput:
+    """`linear_divergence` with token weights, by way of whole logits and autograd."""
+    logits_TV = _SumGradient.apply(hidden_TH, options["tp_group"]) @ head_VH.t()
+    out = divergence(logits_TV, teacher_hidden_TH @ teacher_head_VH.t(), **options)
+    return replace(out, loss_sum=(out.loss_T * weights_T).sum())

@@ -8,8 +8,7 @@ gradients' yardstick is transformers with plain autograd, in fp64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,25 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megaopd.batch import PackedBatch, Prompt, Sample
-from megaopd.config import Config, OptimizerConfig, ParallelConfig, StudentConfig, TeacherConfig
-from megaopd.data.packing import pack
+from megaopd.config import ParallelConfig
 from megaopd.errors import ConfigError
 from megaopd.models.arch import read_arch
 from megaopd.models.families import param_mappings
 from megaopd.models.mapping import Replicated
+from tests.distributed.workbench import (
+    FAMILIES_BY_HEAD,
+    MICRO_BATCHES,
+    NUM_LOSS_TOKENS,
+    Gradients,
+    Workbench,
+    exported,
+    full_gradients,
+    make_models,
+    token_weights,
+    with_layout,
+)
 from tests.helpers.distributed import run_distributed
-from tests.helpers.tiny_models import make_tiny_model
 
-VOCAB_SIZE = 509
-FAMILIES_BY_HEAD = {"untied": "Qwen3ForCausalLM", "tied": "LlamaForCausalLM"}
 LAYOUTS = {
     "tp2": ParallelConfig(tensor=2),
     "tp2_sp": ParallelConfig(tensor=2, sequence_parallel=True),
@@ -41,123 +47,6 @@ EMBEDDING = "model.embed_tokens.weight"
 BAD_PARAMETERS = ("decoder.layers.0.mlp.linear_fc2.weight", "embedding.word_embeddings.weight")
 BF16_STEPS = 5
 
-# Parameter's canonical name -> this rank's shard of its gradient.
-Gradients = dict[str, Tensor]
-
-
-def _sample(index: int, num_prompt: int, num_response: int, mask: str = "") -> Sample:
-    generator = torch.Generator().manual_seed(index)
-    ids = torch.randint(0, VOCAB_SIZE, (num_prompt + num_response,), generator=generator).tolist()
-    flags = tuple(c == "x" for c in mask) or (True,) * num_response
-    return Sample(
-        Prompt(str(index), tuple(ids[:num_prompt])),
-        0,
-        tuple(ids[num_prompt:]),
-        (-5.0,) * num_response,
-        flags,
-        "stop",
-        0,
-    )
-
-
-# Four micro-batches. The third has no loss token; with two data-parallel ranks it is one of the
-# second rank's.
-MICRO_BATCHES = (
-    (_sample(0, 3, 6), _sample(1, 4, 5, mask="xx..x")),
-    (_sample(2, 3, 9),),
-    (_sample(3, 7, 0), _sample(4, 2, 3, mask="...")),
-    (_sample(5, 2, 7), _sample(6, 5, 2)),
-)
-NUM_LOSS_TOKENS = sum(sum(s.response_mask) for group in MICRO_BATCHES for s in group)
-
-
-def _token_weights(labels: Tensor) -> Tensor:
-    """From 0 to 2, by the label alone: the same under every layout."""
-    return (labels % 5) / 2
-
-
-def _micro_batches(dp_rank: int, dp_size: int, pad_to_multiple: int) -> list[PackedBatch]:
-    share = len(MICRO_BATCHES) // dp_size
-    batches = []
-    for samples in MICRO_BATCHES[dp_rank * share : (dp_rank + 1) * share]:
-        batch = pack(samples, pad_to_multiple)
-        weights = _token_weights(batch.labels_T) * batch.loss_mask_T
-        batches.append(replace(batch, token_weights_T=weights))
-    return batches
-
-
-@dataclass(frozen=True)
-class Workbench:
-    """A layout in place: teacher's signals, and students as many as are asked for."""
-
-    folder: Path
-    parallel: ParallelConfig
-    groups: Any
-
-    @property
-    def micro_batches(self) -> list[PackedBatch]:
-        groups = self.groups
-        return _micro_batches(groups.dp.rank(), groups.dp.size(), self.parallel.tensor)
-
-    def config(self, head: str, dtype: str, freeze: tuple[str, ...], lr: float) -> Config:
-        return Config(
-            student=StudentConfig(str(self.folder / f"{head}_student"), dtype, freeze),
-            teacher=TeacherConfig(str(self.folder / f"{head}_teacher"), dtype),
-            parallel=self.parallel,
-            # Clipping would scale the gradients that are looked at.
-            optimizer=OptimizerConfig(lr=lr, warmup_steps=2, clip_grad=0.0),
-        )
-
-    def student(
-        self, head: str, dtype: str = "fp32", freeze: tuple[str, ...] = (), lr: float = 1e-2
-    ) -> Any:
-        from megaopd.engine.student import MegatronStudent
-        from megaopd.models.build import padded_vocab_size
-
-        config = self.config(head, dtype, freeze, lr)
-        rows = padded_vocab_size(VOCAB_SIZE, self.parallel.tensor)
-        arch = read_arch(config.student.path)
-        return MegatronStudent(config, arch, self.groups, rows, VOCAB_SIZE)
-
-    def signals(self, head: str, dtype: str = "fp32") -> list[Any]:
-        from megaopd.models.build import padded_vocab_size
-        from megaopd.teacher.megatron import MegatronTeacher
-
-        config = self.config(head, dtype, (), 1e-2)
-        rows = padded_vocab_size(VOCAB_SIZE, self.parallel.tensor)
-        arch = read_arch(config.teacher.path)
-        teacher = MegatronTeacher(config.teacher, self.parallel, arch, self.groups, rows)
-        return teacher.score(self.micro_batches)
-
-
-def _with_layout(
-    folder: Path, parallel: ParallelConfig, work: Callable[[Workbench], dict[str, Any]]
-) -> dict[str, Any]:
-    from megaopd.parallel import groups as parallel_groups
-
-    groups = parallel_groups.initialize(parallel, torch.device("cpu"), seed=1)
-    try:
-        return work(Workbench(folder, parallel, groups))
-    finally:
-        parallel_groups.release()
-
-
-def _full_gradients(student: Any) -> Gradients:
-    """After a step: the averaged gradients, the data-parallel ranks' shards put together again."""
-    from megaopd.models import weights
-
-    for buffer in student.ddp.buffers:
-        group = buffer.data_parallel_group
-        for bucket in buffer.buckets:
-            shards = list(bucket.grad_data.chunk(group.size()))
-            dist.all_gather(shards, shards[group.rank()].clone(), group=group)
-    named = weights.named_parameters(student.model, student.arch)
-    return {name: p.main_grad.clone() for name, p in named.items() if p.requires_grad}
-
-
-def _exported(student: Any, only_trainable: bool = False) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in student.export_weights(only_trainable)}
-
 
 def _gradients(bench: Workbench) -> dict[str, Gradients]:
     """By kind of head, after one step."""
@@ -167,7 +56,7 @@ def _gradients(bench: Workbench) -> dict[str, Gradients]:
         result = student.train_step(bench.micro_batches, bench.signals(head))
         assert not result.skipped
         assert result.num_tokens == NUM_LOSS_TOKENS
-        found[head] = _full_gradients(student)
+        found[head] = full_gradients(student)
     return found
 
 
@@ -178,10 +67,10 @@ def _non_finite_gradient(bench: Workbench) -> dict[str, Any]:
     batches, signals = bench.micro_batches, bench.signals("untied")
     undisturbed = bench.student("untied")
     undisturbed.train_step(batches, signals)
-    wanted = _exported(undisturbed)
+    wanted = exported(undisturbed)
 
     student = bench.student("untied")
-    before = _exported(student)
+    before = exported(student)
     params = weights.named_parameters(student.model, student.arch)
     results, unchanged = [], []
     for name in BAD_PARAMETERS:
@@ -191,10 +80,10 @@ def _non_finite_gradient(bench: Workbench) -> dict[str, Any]:
         results.append(student.train_step(batches, signals))
         if handle is not None:
             handle.remove()
-        now = _exported(student)
+        now = exported(student)
         unchanged.append(all(now[n].equal(before[n]) for n in before))
     recovered = student.train_step(batches, signals)
-    after = _exported(student)
+    after = exported(student)
     return {
         "results": results,
         "unchanged": unchanged,
@@ -210,14 +99,14 @@ def _frozen(bench: Workbench, free: dict[str, Gradients]) -> dict[str, Any]:
     found = {}
     for head in FAMILIES_BY_HEAD:
         student = bench.student(head, freeze=(EMBEDDING,))
-        before = _exported(student)
+        before = exported(student)
         student.train_step(bench.micro_batches, bench.signals(head))
-        after = _exported(student)
-        gradients = _full_gradients(student)
+        after = exported(student)
+        gradients = full_gradients(student)
         found[head] = {
             "all": set(before),
             "moved": {name for name in before if not after[name].equal(before[name])},
-            "trainable": set(_exported(student, only_trainable=True)),
+            "trainable": set(exported(student, only_trainable=True)),
             "gradients": set(gradients),
             "largest_difference": max(_difference(g, free[head][n]) for n, g in gradients.items()),
         }
@@ -238,7 +127,7 @@ def _losses(bench: Workbench, dtype: str) -> dict[str, Any]:
         "main_dtypes": {p.dtype for p in main},
         "num_main": sum(p.numel() for p in main),
         "num_model": sum(p.numel() for p in student.model.parameters()),
-        "exported_dtypes": {tensor.dtype for tensor in _exported(student).values()},
+        "exported_dtypes": {tensor.dtype for tensor in exported(student).values()},
     }
 
 
@@ -264,7 +153,7 @@ def _one_rank(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
             "freeze_errors": _freeze_errors(bench),
         }
 
-    return _with_layout(folder, ParallelConfig(), work)
+    return with_layout(folder, ParallelConfig(), work)
 
 
 def _two_ranks(rank: int, world_size: int, folder: Path) -> dict[str, dict[str, Any]]:
@@ -274,16 +163,13 @@ def _two_ranks(rank: int, world_size: int, folder: Path) -> dict[str, dict[str, 
             found["non_finite"] = _non_finite_gradient(bench)
         return found
 
-    return {name: _with_layout(folder, parallel, work) for name, parallel in LAYOUTS.items()}
+    return {name: with_layout(folder, parallel, work) for name, parallel in LAYOUTS.items()}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("student")
-    for head, family in FAMILIES_BY_HEAD.items():
-        sizes = {"vocab_size": VOCAB_SIZE, "tie_word_embeddings": head == "tied"}
-        make_tiny_model(path / f"{head}_student", family, seed=2, num_hidden_layers=2, **sizes)
-        make_tiny_model(path / f"{head}_teacher", family, seed=1, **sizes)
+    make_models(path)
     return path
 
 
@@ -334,7 +220,7 @@ def _plain_gradients(folder: Path, head: str) -> dict[str, Tensor]:
             zip(sample.response_ids, sample.response_mask, strict=True)
         ):
             if counts:
-                loss = loss + float(_token_weights(torch.tensor(label))) * kl[start + i - 1]
+                loss = loss + float(token_weights(torch.tensor(label))) * kl[start + i - 1]
     (loss / NUM_LOSS_TOKENS).backward()
     return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
 
