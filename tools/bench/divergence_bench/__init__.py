@@ -1,0 +1,1 @@
+"""The parts of tools/bench/divergence.py: who competes, what is measured, and the table."""
