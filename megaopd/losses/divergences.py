@@ -27,6 +27,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
+from megaopd.losses import fast_math
 from megaopd.losses.validation import require
 
 ElementFn = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -76,9 +77,9 @@ def _mixture(p: Tensor, q: Tensor, d: Tensor, teacher_weight: float) -> tuple[Te
     """
     ahead = d >= 0
     larger = torch.where(ahead, p, q)
-    e = torch.expm1(-d.abs())
+    e = fast_math.expm1(-d.abs())
     b = torch.where(ahead, teacher_weight, 1 - teacher_weight).to(d.dtype)
-    return larger, e, b, torch.log1p(b * e)
+    return larger, e, b, fast_math.log1p(b * e)
 
 
 def reverse_kl_value(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
@@ -156,7 +157,7 @@ def _alpha_mean(p: Tensor, q: Tensor, d: Tensor, alpha: float) -> Tensor:
     """p^alpha q^(1 - alpha)."""
     ahead = d >= 0
     rate = torch.where(ahead, 1 - alpha, alpha).to(d.dtype)
-    return torch.where(ahead, p, q) * torch.exp(-rate * d.abs())
+    return torch.where(ahead, p, q) * fast_math.exp(-rate * d.abs())
 
 
 def alpha_value(p: Tensor, q: Tensor, d: Tensor, alpha: float) -> Tensor:
@@ -176,7 +177,7 @@ def alpha_pull(p: Tensor, q: Tensor, d: Tensor, alpha: float) -> Tensor:
 
 def tvd_value(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
     """|p - q| / 2."""
-    return -0.5 * torch.where(d >= 0, p, q) * torch.expm1(-d.abs())
+    return -0.5 * torch.where(d >= 0, p, q) * fast_math.expm1(-d.abs())
 
 
 def tvd_pull(p: Tensor, q: Tensor, d: Tensor) -> Tensor:

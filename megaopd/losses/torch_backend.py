@@ -22,13 +22,22 @@ from megaopd.losses.shard_scalars import (
     rescale,
 )
 
-# Elements of a tile. Eager temporaries should stay in a core's L2 cache; compiled ones stay in
-# registers, and the tile's logits, read two or three times, in L3.
+# Elements of a tile. Eager temporaries should stay in a core's L2 cache, and so should those that
+# inductor makes for the terms without a chain rule (fewer if a tile is one row). The other compiled
+# kernels have none, and the tile's logits, read two or three times, stay in L3.
 _EAGER_TILE = {"cpu": 2**17, "cuda": 2**26}
 _COMPILED_TILE = {"cpu": 2**20, "cuda": 2**26}
 
-# Multiply-adds in one rounding: fewer instructions, no less exact.
-_COMPILE_OPTIONS: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}
+_COMPILE_OPTIONS: dict[str, Any] = {
+    # Multiply-adds in one rounding: fewer instructions, no less exact.
+    "cpp.enable_floating_point_contract_flag": "fast",
+    # Rewrites of attention and the like; to set them up takes longer than to compile a kernel.
+    "pattern_matcher": False,
+}
+# An expression that is long and used more than once inductor would write to an array as wide as the
+# tile; here it stays in registers. Tracing time grows with a power of the expression's depth:
+# not for the mixtures' kernels.
+_IN_REGISTERS = {"realize_opcount_threshold": 2**20, "realize_reads_threshold": 2**20}
 
 # The one-pass form subtracts two numbers; where they are this many times the result (a peaked
 # student beside a flat teacher), the row is done again in two passes.
@@ -67,11 +76,14 @@ class TorchBackend:
         compiled: bool,
     ) -> None:
         self.parts, self.inv_tau, self.extra_inv_tau = parts, inv_tau, extra_inv_tau
-        self.tile_elements = _COMPILED_TILE if compiled else _EAGER_TILE
+        chained = all(part.order is not None for part in parts)
+        self.tile_elements = _COMPILED_TILE if compiled and chained else _EAGER_TILE
+        self.pair = _paired if compiled else _unpaired
         bind = _compiled if compiled else _bound
         self._normalisers = bind(row_kernels.normalisers, inv_tau, extra_inv_tau)
         self._pivot_pass = bind(row_kernels.pivot_pass, parts, inv_tau, extra_inv_tau)
-        self._local_pass = bind(row_kernels.local_pass, parts, inv_tau, extra_inv_tau)
+        self._local_pass = bind(row_kernels.local_pass, parts, inv_tau, extra_inv_tau, False)
+        self._refined_pass = bind(row_kernels.local_pass, parts, inv_tau, extra_inv_tau, True)
         self._part_sums = bind(row_kernels.part_sums, parts, inv_tau)
         self._write_gradient = bind(row_kernels.write_gradient, parts, inv_tau)
         self._overwrite_with_gradient = bind(row_kernels.overwrite_with_gradient, parts, inv_tau)
@@ -83,7 +95,12 @@ class TorchBackend:
     def _over_tiles(
         self, kernel: Callable[..., list[Tensor]], z: Tensor, u: Tensor
     ) -> list[Tensor]:
-        return stack_tiles([kernel(z[rows], u[rows]) for rows in self._tiles(z)])
+        """The row maxima of z and u, then what the kernel finds."""
+        found = []
+        for t in self._tiles(z):
+            maxima = [row_kernels.row_maximum(x[t]) for x in (z, u)]
+            found.append([*maxima, *kernel(*self.pair(z[t], u[t]), *maxima)])
+        return stack_tiles(found)
 
     def normalise(self, z: Tensor, u: Tensor) -> ShardScalars:
         """Masses and entropies only; values and pulls stay empty."""
@@ -98,10 +115,11 @@ class TorchBackend:
                 that the sums were made with: its error then cancels between pull and the mean of
                     pull.
         """
-        stats = self._over_tiles(self._local_pass, z, u)
+        stats = self._over_tiles(self._refined_pass if refine else self._local_pass, z, u)
         found, rest = from_normalisers(stats, self.inv_tau, self.extra_inv_tau)
-        log_ratio, drift, *sums = rest
+        log_ratio, *sums = rest
         if refine:
+            drift, *sums = sums
             log_ratio = log_ratio - torch.log1p(drift)
         gap = max_gap(found.max_z, found.max_u, _wide(z, u)) * self.inv_tau
         found.log_mass_u = found.log_mass_z - (gap + log_ratio)
@@ -138,7 +156,7 @@ class TorchBackend:
 
     def global_sums(self, z: Tensor, u: Tensor, rows: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Values and pulls per part, fp64 [C], under softmaxes given by `rows` [C, 5]."""
-        found = [self._part_sums(z[t], u[t], rows[t]) for t in self._tiles(z)]
+        found = [self._part_sums(*self.pair(z[t], u[t]), rows[t]) for t in self._tiles(z)]
         sums = stack_tiles(found)
         return sums[0::2], sums[1::2]
 
@@ -148,9 +166,25 @@ class TorchBackend:
         for t in self._tiles(z):
             teacher = u[t].clone() if _memory(u) == _memory(out) else u[t]
             if in_place:
-                self._overwrite_with_gradient(z[t], teacher, rows[t])
+                student, teacher = self.pair(z[t], teacher)
+                self._overwrite_with_gradient(student, teacher, rows[t])
             else:
-                self._write_gradient(z[t], teacher, rows[t], out[t])
+                student, teacher, target = self.pair(z[t], teacher, out[t])
+                self._write_gradient(student, teacher, rows[t], target)
+
+
+def _unpaired(*tiles_: Tensor) -> tuple[Tensor, ...]:
+    return tiles_
+
+
+def _paired(*tiles_: Tensor) -> tuple[Tensor, ...]:
+    """Tiles of bf16 on a CPU as pairs, see `row_kernels`, if memory's layout allows it for all."""
+    for x in tiles_:
+        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.stride(1) != 1:
+            return tiles_
+        if any(n % 2 for n in (x.shape[1], x.stride(0), x.storage_offset())):
+            return tiles_
+    return tuple(x.view(torch.int32) for x in tiles_)
 
 
 def _memory(x: Tensor) -> int:
@@ -177,7 +211,9 @@ def _compiled(function: Callable[..., Any], *constants: Any) -> Callable[..., An
 
     # torch.compile counts recompilations per code object: each kernel gets one of its own.
     kernel.__code__ = kernel.__code__.replace(co_name=f"{function.__name__}_kernel")
-    compiled = torch.compile(kernel, fullgraph=True, options=_COMPILE_OPTIONS)
+    short = function in (row_kernels.pivot_pass, row_kernels.normalisers)
+    options = _COMPILE_OPTIONS | (_IN_REGISTERS if short else {})
+    compiled = torch.compile(kernel, fullgraph=True, options=options)
 
     def call(*tensors: Tensor) -> Any:
         for tensor in tensors:

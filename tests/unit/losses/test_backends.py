@@ -18,14 +18,16 @@ def compare(
     num_tokens: int,
     dtype: torch.dtype = torch.float32,
     inplace: bool = False,
+    vocab: int = 690,
 ) -> None:
-    z, u, w = random_logits(num_tokens, 700, 1.0, seed=num_tokens)
+    z, u, w = random_logits(num_tokens, vocab + 10, 1.0, seed=num_tokens)
+    z[0, 3] = u[0, 3] = u[1, 4] = -torch.inf
     z, u = z.to(dtype), u.to(dtype)
     found = []
     for name in ("eager", backend):
         leaf = z.clone().requires_grad_()
         options = {**SETTINGS, "inplace": inplace and name == backend}
-        out = divergence(leaf, u, kind=kind, backend=name, vocab_size=690, **options)
+        out = divergence(leaf, u, kind=kind, backend=name, vocab_size=vocab, **options)
         (out.loss_T * w).sum().backward()
         found.append((out, leaf.grad))
     (eager, eager_grad), (other, other_grad) = found
@@ -49,6 +51,14 @@ def test_compiled_agrees_for_any_number_of_tokens():
 def test_compiled_agrees_for_every_kind(kind):
     compare(kind, "compiled", 5)
     compare(kind, "compiled", 5, torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not backends.can_compile(), reason="torch.compile does not work here")
+@pytest.mark.parametrize("vocab", [9000, 691])
+def test_compiled_agrees_for_widths_in_blocks_and_odd_ones(vocab):
+    for dtype in (torch.float32, torch.bfloat16):
+        compare("reverse_kl", "compiled", 3, dtype, inplace=True, vocab=vocab)
 
 
 def test_auto_is_eager_without_a_compiler(monkeypatch):
