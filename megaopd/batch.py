@@ -10,7 +10,7 @@ are shifted in `megaopd.data.packing` and nowhere else.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,13 +24,16 @@ class Prompt:
         prompt_id: unique in its file.
         token_ids: the tokens after the chat template, if any.
         answer: the reference answer for the reward, or None.
-        teacher: the name of the teacher that scores the samples of this prompt.
+        teacher: the name of the teacher that scores the samples of this prompt; empty is the
+            run's one `teacher`, others are entries of `teachers`.
+        teacher_token_ids: the prompt as the teacher sees it (privileged context); None is the same.
     """
 
     prompt_id: str
     token_ids: tuple[int, ...]
     answer: str | None = None
-    teacher: str = "default"
+    teacher: str = ""
+    teacher_token_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,12 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch: S sequences laid end to end in T tokens.
+    """One micro-batch: S sequences laid end to end.
+
+    Under context parallelism every sequence is padded to a multiple of 2 x cp_size, cut into that
+    many pieces, and rank r holds pieces r and 2 cp_size - 1 - r of each (zigzag, so that causal
+    attention costs every rank the same); the `_T` tensors are this rank's T = cu_seqlens[-1] /
+    cp_size tokens.
 
     Attributes:
         tokens_T: int64 input tokens.
@@ -92,9 +100,13 @@ class PackedBatch:
         loss_mask_T: bool, True where labels_T[t] is a response token that the model produced.
         rollout_logprobs_T: fp32 log-probability of labels_T[t] under the sampler, 0 off the mask.
         token_weights_T: fp32 weight of the token's loss.
-        cu_seqlens: int32 [S + 1], starts of the sequences and the end; the padding is a sequence
-            too.
+        rows_T: int64, the place of labels_T[t] among all response tokens of the global batch (its
+            samples end to end, tool tokens counted), -1 off the mask: the name under which the
+            teacher's word on it travels.
+        cu_seqlens: int32 [S + 1], starts of the sequences and the end, over all context-parallel
+            ranks; the padding is a sequence too.
         sample_ids: the S' <= S ids of the real sequences, in order.
+        teacher: the name of the teacher of all its samples (`Prompt.teacher`).
     """
 
     tokens_T: Tensor
@@ -103,8 +115,10 @@ class PackedBatch:
     loss_mask_T: Tensor
     rollout_logprobs_T: Tensor
     token_weights_T: Tensor
+    rows_T: Tensor
     cu_seqlens: Tensor
     sample_ids: tuple[str, ...]
+    teacher: str = ""
 
     @property
     def max_seqlen(self) -> int:
@@ -120,14 +134,26 @@ class PackedBatch:
         return replace(self, **moved)
 
 
+class TeacherHead(Protocol):
+    """A teacher's LM head, as this rank holds it."""
+
+    def shard(self) -> Tensor:
+        """This rank's rows of the head on its device, in the student's vocabulary partition,
+        [V / tp_size, H]; rows past the teacher's vocabulary are 0. Another head of the run may
+        leave the device for it."""
+        ...
+
+
 @dataclass(frozen=True)
 class HiddenSignal:
     """The teacher's word on a micro-batch, as hidden states: exact and small.
 
     Attributes:
-        hidden_TH: the teacher's last hidden states after its final norm, one row per packed token.
-        head_VH: this rank's rows of the teacher's LM head, in the student's vocabulary partition.
+        hidden_LH: the teacher's last hidden states after its final norm, one row per loss token:
+            row l speaks about the l-th True of the micro-batch's loss_mask_T. It may lie in host
+            memory.
+        head: the head that makes logits of them.
     """
 
-    hidden_TH: Tensor
-    head_VH: Tensor
+    hidden_LH: Tensor
+    head: TeacherHead

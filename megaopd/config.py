@@ -36,6 +36,30 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """A layout; the ranks that remain are data-parallel."""
+
+    tensor: int = 1
+    """Tensor-parallel size (TP); divides the attention heads and the KV heads."""
+    pipeline: int = 1
+    """Pipeline-parallel size (PP)."""
+    virtual_pipeline: int = 1
+    """Virtual stages per pipeline rank (interleaved 1F1B); above 1 needs pipeline above 1."""
+    layers_per_stage: tuple[int, ...] = ()
+    """Layers of every (virtual) stage in the order of the network, pipeline x virtual_pipeline
+    numbers; empty shares them out evenly."""
+    context: int = 1
+    """Context-parallel size (CP): every sequence is cut into 2 x CP pieces, two a rank."""
+    expert: int = 1
+    """Expert-parallel size (EP) of a mixture of experts; divides its experts, and the ranks of a
+    pipeline stage together with expert_tensor."""
+    expert_tensor: int | None = None
+    """Tensor-parallel size inside an expert; null is `tensor`."""
+    sequence_parallel: bool = False
+    """Shard norms and residuals over the tensor-parallel group (needs tensor > 1)."""
+
+
+@dataclass(frozen=True)
 class StudentConfig:
     """The model in training."""
 
@@ -45,30 +69,29 @@ class StudentConfig:
     """Weights and activations; with bf16 the optimizer keeps fp32 main weights."""
     freeze: tuple[str, ...] = ()
     """Patterns (fnmatch) over Hugging Face tensor names that are not trained."""
+    router_aux_loss_coef: float = 0.0
+    """Weight of the load-balancing loss of a mixture of experts; 0 keeps it out of training."""
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
     """The model that scores the student's samples."""
 
+    kind: Literal["checkpoint", "self", "ema"] = "checkpoint"
+    """Its weights: `checkpoint` those at path; `self` the student's own, frozen at step 0; `ema` an
+    exponential moving average of the student's; the last two in the student's layout and dtype."""
     path: str = ""
     """Hugging Face directory of the teacher; its tokenizer must be the student's."""
     dtype: Dtype = "bf16"
-    """Weights and activations of the teacher."""
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """Layout of student and teacher; the ranks that remain are data-parallel."""
-
-    tensor: int = 1
-    """Tensor-parallel size (TP); divides the attention heads and the KV heads."""
-    pipeline: int = 1
-    """Pipeline-parallel size (PP); divides the layers."""
-    context: int = 1
-    """Context-parallel size (CP)."""
-    sequence_parallel: bool = False
-    """Shard norms and residuals over the tensor-parallel group (needs tensor > 1)."""
+    """Weights and activations of the teacher, and of the hidden states that it hands over."""
+    ema_decay: float = 0.999
+    """What an `ema` teacher keeps of its own weights at each step."""
+    parallel: ParallelConfig | None = None
+    """The teacher's own layout over the same ranks; null is the student's (`parallel`)."""
+    max_tokens_per_micro_batch: int | None = None
+    """Token budget of a forward pass; null packs as the student does."""
+    offload: bool = False
+    """Keep the weights in pinned host memory while the teacher does not score."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +108,11 @@ class DataConfig:
     """Column of the prompt: a string, or a list of {role, content} messages."""
     answer_column: str = "answer"
     """Column of the reference answer; may be missing where the reward needs none."""
+    teacher_column: str = "teacher"
+    """Column that routes a prompt to an entry of `teachers`; where it is missing, to `teacher`."""
+    teacher_prompt_column: str = ""
+    """Column of the prompt that the teacher sees in place of the student's (privileged context);
+    empty shows it the same."""
     id_column: str = "id"
     """Column of the prompt's unique id; where the column is missing, the line number is the id."""
     chat_template: bool = False
@@ -138,6 +166,9 @@ class LossConfig:
     """Tokens whose logits exist at one time; none lets the engine choose."""
     backend: Literal["auto", "eager", "compiled", "triton"] = "auto"
     """Implementation of the divergence."""
+    fused: bool = True
+    """Multiply hidden states and heads chunk by chunk inside the divergence; false makes all logits
+    of a micro-batch first, which shows what the fused form saves."""
 
 
 @dataclass(frozen=True)
@@ -171,9 +202,18 @@ class TrainConfig:
     num_steps: int = 100
     """Optimizer steps."""
     global_batch_size: int = 64
-    """Samples per optimizer step: global_batch_size / rollout.n prompts."""
+    """Samples per optimizer step: global_batch_size / rollout.n prompts; a multiple of the
+    data-parallel size x micro_batch_size, unless there is a token budget."""
     micro_batch_size: int = 1
     """Samples packed into one forward pass of a data-parallel rank."""
+    max_tokens_per_micro_batch: int | None = None
+    """Token budget of a forward pass, prompt and response together, over all context-parallel
+    ranks; packs by length instead of micro_batch_size. It must hold the longest sequence."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass: none, the attention's, or whole layers'."""
+    offload: bool = False
+    """Keep gradients, optimizer state and main weights in pinned host memory outside the student's
+    phase, and the student's weights while an engine generates."""
     max_skipped_steps: int = 3
     """Steps in a row with a non-finite loss or gradient that end the run."""
     export: bool = True
@@ -213,6 +253,8 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
+    """More teachers, by the name that data.teacher_column routes to."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -250,6 +292,9 @@ key=value    overrides, as `torchrun -m megaopd.train` takes them:
                loss.kind=jsd                     a value
                'rollout.stop=["<|im_end|>"]'     a list (quoted, for the shell)
                parallel=tp2                      a file of a group: conf/parallel/tp2.yaml
+               parallel@teacher.parallel=tp4     the same group, for the teacher's layout
+               (+parallel=tp2 where the configuration's defaults list does not name the group)
+               teachers.math.path=PATH           a key of a teacher that is named here
 
 What is printed is YAML: saved to a file it can be given back as conf=PATH. Example:
   python -m megaopd.config conf=demo_cpu train.num_steps=10
@@ -269,7 +314,11 @@ A run is started with `torchrun -m megaopd.train conf=NAME key=value ...`.
   files only.
 - A YAML file may start with a `defaults` list that takes in other files of `conf/`, whole groups of
   them (`conf/parallel/tp2.yaml` is chosen by `- parallel: tp2`, or by `parallel=tp2` on the command
-  line where the list names that group).
+  line where the list names that group, `+parallel=tp2` where it does not). A layout serves either
+  side: `- parallel@teacher.parallel: tp4` is the teacher's.
+- A section that is null takes the defaults of its own keys once one of them is set:
+  `teacher.parallel.tensor=2`. One of several named ones begins with its first key:
+  `teachers.math.path=PATH`.
 - A value may refer to another: `min_lr: ${optimizer.lr}`. Nothing else is interpolated, neither the
   environment nor a resolver.
 - An unknown key, a wrong type or a rule broken between two keys ends the run before any model is

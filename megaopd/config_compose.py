@@ -58,7 +58,11 @@ def compose(argv: list[str], defaults: dict[str, Any]) -> tuple[str, dict[str, A
                 ],
             )
         values = OmegaConf.to_container(node, resolve=False)
+        assert isinstance(values, dict)
         _refuse_code(values, str(path))
+        for key, value in values.items():
+            if isinstance(value, list) and key in defaults:  # OmegaConf would not name the key
+                raise ConfigError(key, "found a list, not a section", "write its keys below it")
         merged = OmegaConf.merge(OmegaConf.create(defaults), OmegaConf.create(values))
         resolved = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:

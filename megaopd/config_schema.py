@@ -1,7 +1,8 @@
 """Frozen dataclasses as the schema of a configuration: checking values, reading and printing docs.
 
 Generic over the dataclasses: a new field or section needs no change here. Understands `int`,
-`float`, `bool`, `str`, `Literal`, `tuple[X, ...]`, `X | None` and nested dataclasses.
+`float`, `bool`, `str`, `Literal`, `tuple[X, ...]`, `X | None`, and sections: a dataclass, an
+optional one (`Section | None`) or named ones (`dict[str, Section]`), at any depth.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import math
 import types
 from collections.abc import Iterable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from megaopd.errors import ConfigError
@@ -31,12 +32,35 @@ def build(cls: type[T], values: dict[str, Any]) -> T:
 
 
 def paths(cls: type, prefix: str = "") -> Iterator[str]:
-    """All dotted keys of a schema, e.g. ``loss.kind``, in order of declaration."""
+    """All dotted keys of a schema, e.g. ``loss.kind``, in order of declaration.
+
+    Those of an optional section come after the section's own, those of named sections with NAME in
+    the name's place.
+    """
     for name, hint in get_type_hints(cls).items():
-        if is_dataclass(hint):
-            yield from paths(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
-        else:
-            yield f"{prefix}{name}"
+        section, where = section_of(hint), f"{prefix}{name}"
+        if section is None or is_optional(hint):
+            yield where
+        if section is not None:
+            yield from paths(section, f"{where}.NAME." if is_named(hint) else f"{where}.")
+
+
+def section_of(hint: Any) -> type | None:
+    """The dataclass whose keys a field of this type holds, or None where it holds a value."""
+    options = get_args(hint)
+    if is_named(hint):
+        return section_of(options[1])
+    if is_optional(hint):
+        (hint,) = [o for o in options if o is not type(None)]
+    return hint if isinstance(hint, type) and is_dataclass(hint) else None
+
+
+def is_named(hint: Any) -> bool:
+    return get_origin(hint) is dict
+
+
+def is_optional(hint: Any) -> bool:
+    return get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
@@ -56,14 +80,18 @@ def _build(cls: type[T], values: Any, prefix: str, known: list[str]) -> T:
             raise ConfigError(
                 f"{prefix}{key}", "unknown key", _remedy(str(key), prefix, cls, known)
             )
-    built = {}
-    for name, value in values.items():
-        hint, where = hints[name], f"{prefix}{name}"
-        if is_dataclass(hint):
-            built[name] = _build(hint, value, f"{where}.", known)  # type: ignore[arg-type]
-        else:
-            built[name] = _checked(value, hint, where)
-    return cls(**built)
+    return cls(**{k: _field(v, hints[k], f"{prefix}{k}", known) for k, v in values.items()})
+
+
+def _field(value: Any, hint: Any, where: str, known: list[str]) -> Any:
+    section = section_of(hint)
+    if section is None or (value is None and is_optional(hint)):
+        return _checked(value, hint, where)
+    if not is_named(hint):
+        return _build(section, value, f"{where}.", known)
+    if not isinstance(value, dict):
+        raise ConfigError(where, f"{_show(value)}, not a section", "write a name and its keys")
+    return {str(n): _build(section, v, f"{where}.{n}.", known) for n, v in value.items()}
 
 
 def _remedy(key: str, prefix: str, cls: type, known: list[str]) -> str:
@@ -73,7 +101,7 @@ def _remedy(key: str, prefix: str, cls: type, known: list[str]) -> str:
     if close:
         return f"did you mean {prefix}{close}?"
     leaves: dict[str, str] = {}
-    for path in known:
+    for path in sorted(known, key=lambda p: p.count(".")):
         leaves.setdefault(path.rsplit(".", 1)[-1], path)
     close = nearest(key, leaves)
     if close:
@@ -129,7 +157,9 @@ def describe_type(hint: Any) -> str:
         return f"a list, each item {describe_type(options[0])}"
     if origin in (Union, types.UnionType):
         return " or ".join("null" if o is type(None) else describe_type(o) for o in options)
-    return _TYPE_NAMES[hint]
+    if origin is dict:
+        return f"names, each of {describe_type(options[1])}"
+    return "a section" if is_dataclass(hint) else _TYPE_NAMES[hint]
 
 
 def _show(value: Any) -> str:
@@ -165,41 +195,70 @@ def to_yaml(config: Any) -> str:
 
     A value that is not the default carries the default in a comment.
     """
-    lines = []
-    for section in fields(config):
-        part = getattr(config, section.name)
-        default = type(part)()
-        docs = field_docs(type(part))
-        lines.append(f"{section.name}:")
-        for field in fields(part):
-            value, usual = getattr(part, field.name), getattr(default, field.name)
+    return "\n".join(_yaml_lines(config, type(config)(), 0))
+
+
+def _yaml_lines(part: Any, default: Any, depth: int) -> Iterator[str]:
+    hints, docs, indent = get_type_hints(type(part)), field_docs(type(part)), "  " * depth
+    for name, hint in hints.items():
+        value, usual = getattr(part, name), getattr(default, name)
+        section = section_of(hint)
+        if name in docs:
+            yield f"{indent}# {docs[name]}"
+        if section is None or not value:
             note = "" if value == usual else f"    # default: {_literal(usual)}"
-            lines.append(f"  # {docs[field.name]}")
-            lines.append(f"  {field.name}: {_literal(value)}{note}")
-        lines.append("")
-    return "\n".join(lines)
+            yield f"{indent}{name}: {_literal(value)}{note}"
+        elif is_named(hint):
+            yield f"{indent}{name}:"
+            for key, entry in value.items():
+                yield f"{indent}  {_literal(key)}:"
+                yield from _yaml_lines(entry, section(), depth + 2)
+        else:
+            yield f"{indent}{name}:" + ("    # default: null" if usual is None else "")
+            yield from _yaml_lines(value, usual or section(), depth + 1)
+        if depth == 0:
+            yield ""
 
 
 def to_markdown(cls: type) -> str:
-    """One table per section: key, type, default, meaning."""
-    docs_of_sections = get_type_hints(cls)
+    """One table per section: key, type, default, meaning.
+
+    A section whose keys another one has already told, being of the same dataclass, refers to it.
+    """
+    hints, docs = get_type_hints(cls), field_docs(cls)
+    # The plain sections, which the others refer to.
+    homes = {hint: name for name, hint in hints.items() if section_of(hint) is hint}
     lines = []
-    for name, section in docs_of_sections.items():
-        hints, docs, default = get_type_hints(section), field_docs(section), section()
+    for name, hint in hints.items():
+        section = section_of(hint)
+        assert section is not None, f"{name}: a key outside of all sections"
         lines += [f"## {name}", ""]
-        about = section_doc(section)
+        about = docs.get(name) or section_doc(section)
         lines += [about, ""] if about else []
+        if homes.get(section, name) != name:
+            keys = f"{name}.NAME" if is_named(hint) else name
+            lines += [f"The keys of `{keys}` are those of `{homes[section]}`.", ""]
+            continue
         lines += ["| key | type | default | meaning |", "|-|-|-|-|"]
-        for key, hint in hints.items():
-            cells = [
-                f"`{name}.{key}`",
-                describe_type(hint),
-                f"`{_literal(getattr(default, key))}`",
-                docs[key],
-            ]
-            lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
+        lines += _markdown_rows(section, f"{name}.", homes)
         lines.append("")
     return "\n".join(lines)
+
+
+def _markdown_rows(cls: type, prefix: str, homes: dict[Any, str]) -> Iterator[str]:
+    docs, default = field_docs(cls), cls()
+    for name, hint in get_type_hints(cls).items():
+        section, key = section_of(hint), f"{prefix}{name}"
+        kind = describe_type(hint)
+        if section in homes:
+            kind = kind.replace("a section", f"the keys of `{homes[section]}`")
+        if section is None or is_optional(hint) or is_named(hint):
+            usual = f"`{_literal(getattr(default, name))}`"
+            cells = [f"`{key}`", kind, usual, docs[name]]
+            yield "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
+        if section is not None and section not in homes:
+            deeper = f"{key}.NAME." if is_named(hint) else f"{key}."
+            yield from _markdown_rows(section, deeper, homes)
 
 
 def section_doc(cls: type) -> str:

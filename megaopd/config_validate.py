@@ -1,45 +1,35 @@
 """Rules of a configuration that no single type can state: ranges, divisibility, what needs what.
 
-`validate` needs no file, `validate_models` the two architectures; both run before any weight is
-read, on every rank alike. A rule is a few lines here and a row in tests/unit/test_config.py.
+`validate` needs no file, `validate_models` the architectures; both run before any weight is read,
+on every rank alike. Those of a layout are in `megaopd.config_layouts`. A rule is a few lines and a
+row in tests/unit/test_config.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any, Protocol
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any
 
+from megaopd.config_layouts import Architecture, check_model, check_ranks
 from megaopd.config_schema import nearest
 from megaopd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megaopd.config import Config
+    from megaopd.config import Config, ParallelConfig, TeacherConfig
 
-
-class Architecture(Protocol):
-    """What the rules ask of a model, read from its config.json."""
-
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def num_kv_heads(self) -> int: ...
-    @property
-    def max_positions(self) -> int: ...
-
-
-# Range in words, its test, and the fields that must lie in it (where they are not null).
+# Range in words, its test, and the fields that must lie in it (where they are not null); those of
+# `teacher` hold for every teacher.
 _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     (
         "a positive number",
         lambda v: v > 0,
         (
-            *("parallel.tensor", "parallel.pipeline", "parallel.context"),
             *("data.max_prompt_tokens", "rollout.max_new_tokens"),
             *("rollout.n", "rollout.batch_size", "loss.temperature", "loss.chunk_tokens"),
             *("optimizer.lr", "optimizer.eps", "train.num_steps", "train.global_batch_size"),
             *("train.micro_batch_size", "train.max_skipped_steps"),
+            *("train.max_tokens_per_micro_batch", "teacher.max_tokens_per_micro_batch"),
         ),
     ),
     (
@@ -49,13 +39,17 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             *("run.seed", "rollout.temperature", "rollout.top_k", "optimizer.min_lr"),
             *("optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_grad"),
             *("eval.num_prompts", "eval.interval", "log.num_report_samples"),
+            "student.router_aux_loss_coef",
         ),
     ),
     ("a value in [0, 1]", lambda v: 0 <= v <= 1, ("loss.beta",)),
-    ("a value in [0, 1)", lambda v: 0 <= v < 1, ("optimizer.beta1", "optimizer.beta2")),
+    (
+        "a value in [0, 1)",
+        lambda v: 0 <= v < 1,
+        ("optimizer.beta1", "optimizer.beta2", "teacher.ema_decay"),
+    ),
     ("a value in (0, 1]", lambda v: 0 < v <= 1, ("rollout.top_p",)),
 )
-_REQUIRED = ("student.path", "teacher.path", "data.train")
 
 
 def validate(
@@ -81,34 +75,34 @@ def validate(
     _check_ranges(config)
     _check_choices(config, divergences, rewards)
     _check_needs(config)
+    _check_teachers(config)
     _check_sizes(config, world_size)
     if student_arch is not None and teacher_arch is not None:
         validate_models(config, student_arch, teacher_arch)
 
 
-def validate_models(config: Config, student_arch: Architecture, teacher_arch: Architecture) -> None:
-    """Checks the layout and the lengths against both models.
+def validate_models(
+    config: Config,
+    student_arch: Architecture,
+    teacher_arch: Architecture,
+    teachers: Mapping[str, Architecture] | None = None,
+) -> None:
+    """Checks the layouts and the lengths against all models.
+
+    Args:
+        teachers: architectures of the entries of `config.teachers`, by name.
 
     Raises:
-        ConfigError: heads or KV heads that TP does not divide, layers that PP does not divide, or a
-            prompt and response together longer than a context.
+        ConfigError: a model that its layout does not divide, a prompt and response together longer
+            than a context, or a load-balancing loss for a model without experts.
     """
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    for role, arch in (("student", student_arch), ("teacher", teacher_arch)):
-        divisible = (
-            ("tensor", tensor, arch.num_heads, "attention heads"),
-            ("tensor", tensor, arch.num_kv_heads, "KV heads"),
-            ("pipeline", pipeline, arch.num_layers, "layers"),
-        )
-        for key, size, count, what in divisible:
-            if count % size:
-                raise ConfigError(
-                    f"parallel.{key}",
-                    f"{size} does not divide the {role}'s {count} {what} "
-                    f"({count} = {count // size} x {size} + {count % size})",
-                    f"choose one of {_divisors(count)}",
-                )
-        prompt, response = config.data.max_prompt_tokens, config.rollout.max_new_tokens
+    archs = {"student": student_arch, "teacher": teacher_arch}
+    archs |= {f"teacher {name}": arch for name, arch in (teachers or {}).items()}
+    for where, role, parallel in _layouts(config):
+        if role in archs:
+            check_model(where, role, parallel, archs[role], trained=role == "student")
+    prompt, response = config.data.max_prompt_tokens, config.rollout.max_new_tokens
+    for role, arch in archs.items():
         if prompt + response > arch.max_positions:
             raise ConfigError(
                 "data.max_prompt_tokens + rollout.max_new_tokens",
@@ -116,24 +110,46 @@ def validate_models(config: Config, student_arch: Architecture, teacher_arch: Ar
                 f"context of {arch.max_positions}",
                 "lower one of them",
             )
+    if config.student.router_aux_loss_coef and student_arch.moe is None:
+        raise ConfigError(
+            "student.router_aux_loss_coef",
+            f"{config.student.router_aux_loss_coef}, and the student is not a mixture of experts",
+            "set it to 0",
+        )
+
+
+def _teachers(config: Config) -> dict[str, TeacherConfig]:
+    """All teachers by their key."""
+    named = {f"teachers.{name}": teacher for name, teacher in config.teachers.items()}
+    return {"teacher": config.teacher, **named}
+
+
+def _layouts(config: Config) -> list[tuple[str, str, ParallelConfig]]:
+    """(key, role, layout) of the student and of every teacher."""
+    layouts = [("parallel", "student", config.parallel)]
+    for key, teacher in _teachers(config).items():
+        role = key.replace("teachers.", "teacher ")
+        where = "parallel" if teacher.parallel is None else f"{key}.parallel"
+        layouts.append((where, role, teacher.parallel or config.parallel))
+    return layouts
 
 
 def _check_ranges(config: Config) -> None:
     for expected, holds, keys in _RANGES:
         for key in keys:
-            value = _value(config, key)
-            if value is not None and not holds(value):
-                raise ConfigError(key, f"found {value}", f"expected {expected}")
+            section, name = key.split(".")
+            parts: dict[str, Any] = {section: getattr(config, section)}
+            if section == "teacher":
+                parts = {**_teachers(config)}
+            for where, part in parts.items():
+                value = getattr(part, name)
+                if value is not None and not holds(value):
+                    raise ConfigError(f"{where}.{name}", f"found {value}", f"expected {expected}")
     if config.loss.kind.startswith("skew_") and not 0 <= config.loss.alpha < 1:
         found = f"found {config.loss.alpha} for {config.loss.kind}"
         raise ConfigError(
             "loss.alpha", found, "expected a value in [0, 1), for 1 is no loss at all"
         )
-
-
-def _value(config: Config, key: str) -> Any:
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)
 
 
 def _check_choices(
@@ -150,8 +166,12 @@ def _check_choices(
 
 
 def _check_needs(config: Config) -> None:
-    for key in _REQUIRED:
-        if not _value(config, key):
+    required = {"student.path": config.student.path, "data.train": config.data.train}
+    for key, teacher in _teachers(config).items():
+        if teacher.kind == "checkpoint":
+            required[f"{key}.path"] = teacher.path
+    for key, value in required.items():
+        if not value:
             raise ConfigError(key, "not set", f"give {key}=PATH or set it in the YAML file")
     rollout = config.rollout
     if rollout.kind == "recorded" and not rollout.path:
@@ -184,37 +204,54 @@ def _check_needs(config: Config) -> None:
         )
 
 
+def _check_teachers(config: Config) -> None:
+    for name in config.teachers:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise ConfigError(
+                "teachers", f"the name {name!r}", "name it in letters, digits, _ and -"
+            )
+    for key, teacher in _teachers(config).items():
+        if teacher.kind == "checkpoint":
+            continue
+        if teacher.path:
+            raise ConfigError(
+                f"{key}.path",
+                f"{teacher.path!r} with {key}.kind {teacher.kind}, whose weights are the student's",
+                f"set {key}.path= or {key}.kind=checkpoint",
+            )
+        if teacher.dtype != config.student.dtype:
+            raise ConfigError(
+                f"{key}.dtype",
+                f"{teacher.dtype} with {key}.kind {teacher.kind} and student.dtype "
+                f"{config.student.dtype}: rounding alone would set the teacher apart",
+                f"set {key}.dtype={config.student.dtype}",
+            )
+        if teacher.parallel not in (None, config.parallel):
+            raise ConfigError(
+                f"{key}.parallel",
+                f"another layout than the student's with {key}.kind {teacher.kind}, whose weights "
+                "are taken from the student on the same rank",
+                f"set {key}.parallel=null",
+            )
+
+
 def _check_sizes(config: Config, world_size: int) -> None:
+    for where, role, parallel in _layouts(config):
+        check_ranks(where, role, parallel, world_size)
+    _check_token_budgets(config)
     parallel, train = config.parallel, config.train
-    if parallel.context > 1:
-        raise ConfigError(
-            "parallel.context",
-            f"{parallel.context}, and context parallelism is not supported",
-            "set it to 1",
-        )
-    if parallel.sequence_parallel and parallel.tensor == 1:
-        raise ConfigError(
-            "parallel.sequence_parallel",
-            "true with parallel.tensor 1: there is no group to share the sequence",
-            "set it to false, or parallel.tensor above 1",
-        )
     model_size = parallel.tensor * parallel.pipeline * parallel.context
-    if world_size % model_size:
-        raise ConfigError(
-            "parallel",
-            f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context "
-            f"{parallel.context} = {model_size} does not divide the world size {world_size}",
-            f"start a multiple of {model_size} ranks or change the layout",
-        )
     data_size = world_size // model_size
     unit = data_size * train.micro_batch_size
-    if train.global_batch_size % unit:
+    # A token budget makes micro-batches of any number of samples.
+    if train.max_tokens_per_micro_batch is None and train.global_batch_size % unit:
         raise ConfigError(
             "train.global_batch_size",
             f"{train.global_batch_size} is not a multiple of data-parallel size {data_size} "
             f"(= {world_size} / {model_size}) x train.micro_batch_size {train.micro_batch_size} "
             f"= {unit}",
-            f"choose a multiple of {unit}, or another micro-batch size",
+            f"choose a multiple of {unit}, another micro-batch size, or "
+            "train.max_tokens_per_micro_batch",
         )
     if train.global_batch_size % config.rollout.n:
         raise ConfigError(
@@ -225,5 +262,27 @@ def _check_sizes(config: Config, world_size: int) -> None:
         )
 
 
-def _divisors(count: int) -> str:
-    return ", ".join(str(d) for d in range(1, count + 1) if count % d == 0)
+def _check_token_budgets(config: Config) -> None:
+    """Every budget holds the longest sequence, padded as context parallelism cuts it."""
+    prompt, response = config.data.max_prompt_tokens, config.rollout.max_new_tokens
+    budgets = [("train", config.train.max_tokens_per_micro_batch, config.parallel)]
+    for key, teacher in _teachers(config).items():
+        budget = teacher.max_tokens_per_micro_batch or config.train.max_tokens_per_micro_batch
+        owner = key if teacher.max_tokens_per_micro_batch else "train"
+        budgets.append((owner, budget, teacher.parallel or config.parallel))
+    for owner, budget, parallel in budgets:
+        longest, padding = prompt + response, ""
+        if parallel.context > 1:
+            pieces = 2 * parallel.context
+            longest = -(-longest // pieces) * pieces
+            padding = (
+                f", padded to {longest} = {longest // pieces} x 2 x context {parallel.context}"
+            )
+        if budget is not None and budget < longest:
+            raise ConfigError(
+                f"{owner}.max_tokens_per_micro_batch",
+                f"{budget} is less than the {longest} tokens of the longest sequence "
+                f"(data.max_prompt_tokens {prompt} + rollout.max_new_tokens {response} = "
+                f"{prompt + response}{padding})",
+                f"give at least {longest}, or shorten the sequences",
+            )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -30,9 +31,26 @@ class RolloutEngine(Protocol):
 
 
 class Teacher(Protocol):
-    """Scores packed tokens. Collective."""
+    """Scores the student's samples. Collective.
 
-    def score(self, micro_batches: Sequence[PackedBatch]) -> list[HiddenSignal]: ...
+    Attributes:
+        metrics: name -> value, of the last `score`, equal on every rank.
+    """
+
+    metrics: dict[str, float]
+
+    def score(self, samples: Sequence[Sample]) -> list[HiddenSignal]:
+        """Scores the global batch, which is the same on every rank.
+
+        Returns:
+            One signal per student micro-batch of this rank, in order; without rows elsewhere than
+            on the student's last pipeline stage.
+        """
+        ...
+
+    def follow(self, student: Student) -> None:
+        """After every step that updated the student: what a teacher makes of its new weights."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -67,6 +85,16 @@ class Student(Protocol):
 
     def export_weights(self, only_trainable: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yields (Hugging Face name, full tensor) on every rank, one tensor at a time."""
+        ...
+
+    def weight_shards(self) -> Mapping[str, Tensor]:
+        """This rank's shards of all weights as they are now, by canonical global name; views, valid
+        until the next step and outside `off_device`."""
+        ...
+
+    def off_device(self) -> AbstractContextManager[None]:
+        """While an engine generates: inside the block the student leaves it the device's memory, as
+        far as it is configured to."""
         ...
 
 

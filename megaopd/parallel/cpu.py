@@ -16,6 +16,7 @@ torch earlier.
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.machinery
 import sys
 import types
@@ -42,6 +43,10 @@ class _ModuleView(types.ModuleType):
 class _Stream:
     """The CPU's only stream: everything on it is already in order."""
 
+    def record_event(self, event: Any = None) -> _Stream:
+        """What to wait for: nothing, as everything before it is done."""
+        return self
+
     def __getattr__(self, name: str) -> Callable[..., None]:
         return _nothing
 
@@ -63,6 +68,38 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     return create
 
 
+def _all_gather(tensors: Sequence[Any], tensor: Any, group: Any = None, **kwargs: Any) -> Any:
+    """`torch.distributed.all_gather`, also of unequal lengths, which gloo lacks and NCCL has."""
+    import torch.distributed as dist
+
+    longest = max(len(t) for t in tensors)
+    if all(len(t) == longest for t in tensors):
+        return dist.all_gather(tensors, tensor, group=group, **kwargs)
+    padded = [tensor.new_empty((longest, *tensor.shape[1:])) for _ in tensors]
+    mine = tensor.new_zeros(padded[0].shape)
+    mine[: len(tensor)] = tensor
+    dist.all_gather(padded, mine, group=group)
+    for out, part in zip(tensors, padded, strict=True):
+        out.copy_(part[: len(out)])
+    return None
+
+
+def _reduce_scatter(output: Any, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+    """`torch.distributed.reduce_scatter`, also of unequal lengths."""
+    import torch.distributed as dist
+
+    longest = max(len(t) for t in inputs)
+    if all(len(t) == longest for t in inputs):
+        return dist.reduce_scatter(output, inputs, *args, **kwargs)
+    padded = [output.new_zeros((longest, *output.shape[1:])) for _ in inputs]
+    for part, given in zip(padded, inputs, strict=True):
+        part[: len(given)] = given
+    mine = output.new_empty(padded[0].shape)
+    dist.reduce_scatter(mine, padded, *args, **kwargs)
+    output.copy_(mine[: len(output)])
+    return None
+
+
 def _torch_view() -> _ModuleView:
     import torch
 
@@ -76,13 +113,18 @@ def _torch_view() -> _ModuleView:
             "empty_cache": _nothing,
             "current_stream": lambda *a: _Stream(),
             "default_stream": lambda *a: _Stream(),
+            "Stream": lambda *a, **k: _Stream(),
+            "stream": lambda stream: contextlib.nullcontext(),
             "get_rng_state": lambda device=None: torch.random.get_rng_state(),
             "set_rng_state": lambda state, device=None: torch.random.set_rng_state(state),
             "manual_seed": lambda seed: torch.random.manual_seed(seed) and None,
         },
     )
     factories = {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}
-    return _ModuleView(torch, {"cuda": cuda, **factories})
+    distributed = _ModuleView(
+        torch.distributed, {"all_gather": _all_gather, "reduce_scatter": _reduce_scatter}
+    )
+    return _ModuleView(torch, {"cuda": cuda, "distributed": distributed, **factories})
 
 
 def _to_device(value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -93,6 +135,12 @@ def _to_device(value: Any, *args: Any, **kwargs: Any) -> Any:
 def _cuda_type(tensor: Any) -> str:
     """`tensor.type()` as it would read on the CUDA device."""
     return tensor.type().replace("torch.", "torch.cuda.", 1)
+
+
+def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """A tensor of the device as collectives take their sizes from it: already on the host, so
+    Megatron would leave it a tensor."""
+    return tensor.numpy() if as_numpy and hasattr(tensor, "numpy") else tensor
 
 
 class _DeviceCalls(ast.NodeTransformer):
@@ -131,6 +179,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
         super().exec_module(module)
         if isinstance(module.__dict__.get("torch"), types.ModuleType):
             module.__dict__["torch"] = self.view
+        if module.__name__ == "megatron.core.transformer.moe.moe_utils":
+            module.__dict__["maybe_move_tensor_to_cpu"] = _to_host
         if module.__name__ == "megatron.core.tensor_parallel.random":
             import torch
 
