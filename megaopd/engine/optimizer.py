@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -13,26 +15,32 @@ from megaopd.parallel.groups import ParallelGroups
 
 
 def build_optimizer(
-    config: OptimizerConfig, dtype: str, model: DistributedDataParallel, groups: ParallelGroups
+    config: OptimizerConfig,
+    dtype: str,
+    chunks: Sequence[DistributedDataParallel],
+    groups: ParallelGroups,
 ) -> MegatronOptimizer:
-    """AdamW with state sharded over the data-parallel ranks and fp32 main weights."""
-    return get_megatron_optimizer(
-        MegatronOptimizerConfig(
-            optimizer="adam",
-            lr=config.lr,
-            min_lr=config.min_lr,
-            weight_decay=config.weight_decay,
-            adam_beta1=config.beta1,
-            adam_beta2=config.beta2,
-            adam_eps=config.eps,
-            clip_grad=config.clip_grad,
-            bf16=dtype == "bf16",
-            params_dtype=DTYPES[dtype],
-            use_distributed_optimizer=True,
-        ),
-        [model],
-        use_gloo_process_groups=True,
-    )
+    """AdamW with state sharded over the ranks that hold the same weights (data- and
+    context-parallel) and fp32 main weights."""
+    with groups.active():
+        return get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=config.lr,
+                min_lr=config.min_lr,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.beta1,
+                adam_beta2=config.beta2,
+                adam_eps=config.eps,
+                clip_grad=config.clip_grad,
+                bf16=dtype == "bf16",
+                params_dtype=DTYPES[dtype],
+                use_distributed_optimizer=True,
+            ),
+            list(chunks),
+            use_gloo_process_groups=False,
+            pg_collection=groups.collection,
+        )
 
 
 def build_scheduler(

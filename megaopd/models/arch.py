@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -35,6 +36,35 @@ _REQUIRED_SIZES = {
 }
 
 
+_SHARED_EXPERTS = ("shared_expert_intermediate_size", "n_shared_experts", "num_shared_experts")
+
+# MoEArch's name -> config.json's; transformers 5 writes num_local_experts for num_experts.
+_MOE_SIZES = {
+    "num_experts": "num_experts",
+    "top_k": "num_experts_per_tok",
+    "ffn_hidden_size": "moe_intermediate_size",
+}
+
+
+@dataclass(frozen=True)
+class MoEArch:
+    """The mixture of experts that some layers have in place of an MLP.
+
+    Attributes:
+        num_experts: experts of a layer.
+        top_k: experts that a token is sent to.
+        ffn_hidden_size: features between the projections of one expert.
+        normalize_top_k: the weights of a token's experts are divided by their sum.
+        layers: indices of the layers that are mixtures; the others have a plain MLP.
+    """
+
+    num_experts: int
+    top_k: int
+    ffn_hidden_size: int
+    normalize_top_k: bool
+    layers: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class ModelArch:
     """A decoder-only transformer.
@@ -52,6 +82,7 @@ class ModelArch:
         qkv_bias: query, key and value projections have biases.
         rope: `rope_type` (one of `ROPE_TYPES`), `rope_theta` and the type's own parameters, named
             as in transformers' `rope_parameters`.
+        moe: the mixture of experts; None is a model without one.
     """
 
     family: str
@@ -68,6 +99,10 @@ class ModelArch:
     qk_norm: bool
     qkv_bias: bool
     rope: Mapping[str, Any] = field(hash=False)
+    moe: MoEArch | None = None
+
+    def is_moe_layer(self, layer: int) -> bool:
+        return self.moe is not None and layer in self.moe.layers
 
 
 def read_arch(path: str | Path) -> ModelArch:
@@ -90,11 +125,10 @@ def read_arch(path: str | Path) -> ModelArch:
     rope = dict(config.rope_parameters)
     rope.pop("type", None)  # transformers 4's name of rope_type
     _number(file, rope, "rope_theta")
-    # These may be absent from the file; the class knows their defaults.
-    num_kv_heads, head_dim = (
-        _size(file, {name: getattr(config, name)}, name)
-        for name in ("num_key_value_heads", "head_dim")
-    )
+    num_kv_heads = _parsed_size(file, config, "num_key_value_heads")
+    head_dim = sizes["hidden_size"] // sizes["num_heads"]
+    if getattr(config, "head_dim", None) is not None:  # Qwen3-MoE's class has no default for it
+        head_dim = _parsed_size(file, config, "head_dim")
     if sizes["num_heads"] % num_kv_heads:
         raise CheckpointError(
             f"{file}: num_key_value_heads",
@@ -111,6 +145,7 @@ def read_arch(path: str | Path) -> ModelArch:
         qk_norm=family.qk_norm,
         qkv_bias=family.qkv_bias,
         rope=rope,
+        moe=_read_moe(file, config) if family.moe_layer else None,
     )
 
 
@@ -190,13 +225,36 @@ def _size(file: Path, fields: Mapping[str, Any], name: str) -> int:
     return value
 
 
+def _parsed_size(file: Path, config: PreTrainedConfig, name: str) -> int:
+    """A size that may be absent from the file; the class knows its default."""
+    return _size(file, {name: getattr(config, name)}, name)
+
+
+def _read_moe(file: Path, config: PreTrainedConfig) -> MoEArch | None:
+    sizes = {ours: _parsed_size(file, config, theirs) for ours, theirs in _MOE_SIZES.items()}
+    if sizes["top_k"] > sizes["num_experts"]:
+        raise CheckpointError(
+            f"{file}: num_experts_per_tok",
+            f"{sizes['top_k']} of {sizes['num_experts']} experts",
+            "correct the file",
+        )
+    step = _parsed_size(file, config, "decoder_sparse_step")
+    plain = set(config.mlp_only_layers)
+    layers = tuple(
+        i for i in range(config.num_hidden_layers) if i not in plain and (i + 1) % step == 0
+    )
+    if not layers:
+        return None
+    return MoEArch(**sizes, normalize_top_k=bool(config.norm_topk_prob), layers=layers)
+
+
 def _parse(file: Path, raw: dict[str, Any], family: Family) -> PreTrainedConfig:
     """Lets transformers fill in defaults and bring both spellings of RoPE to one."""
     for name in ("rope_parameters", "rope_scaling"):
         if not isinstance(raw.get(name), dict | None):
             raise CheckpointError(f"{file}: {name}", f"is {_shown(raw[name])}", "give an object")
     try:
-        return family.config_class.from_dict(copy.deepcopy(raw))
+        return getattr(transformers, family.config_class).from_dict(copy.deepcopy(raw))
     except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).strip("'\"").split())
         raise CheckpointError(str(file), reason, "correct the field") from None
@@ -212,12 +270,21 @@ def _unsupported(raw: dict[str, Any], config: PreTrainedConfig) -> Iterator[tupl
             yield name, raw[name], remedy
     if raw.get("quantization_config") is not None:
         yield "quantization_config", raw["quantization_config"], "dequantise the weights first"
+    for name in _SHARED_EXPERTS:
+        if raw.get(name):
+            yield name, raw[name], "use a model without shared experts"
+    if getattr(config, "norm_topk_prob", False) and config.num_experts_per_tok == 1:
+        # Every weight is 1: the router has no gradient, and Megatron-Core no such routing.
+        yield "norm_topk_prob", True, "use a model that sends a token to more than one expert"
     layer_types = getattr(config, "layer_types", None) or raw.get("layer_types") or ()
     for layer_type in layer_types:
         if layer_type != "full_attention":
             name = "layer_types" if raw.get("layer_types") else "use_sliding_window"
             value = layer_type if name == "layer_types" else raw[name]
             yield name, value, "use a model with full attention in every layer"
+    if not layer_types and getattr(config, "sliding_window", None) is not None:
+        name = "use_sliding_window" if raw.get("use_sliding_window") else "sliding_window"
+        yield name, raw.get(name), "use a model with full attention in every layer"
     rope = config.rope_parameters
     if any(isinstance(value, dict) for value in rope.values()):
         yield "rope_parameters", rope, "use a model with one RoPE for all layers"

@@ -4,24 +4,116 @@ Used where TransformerEngine is not there. Megatron's own `DotProductAttention` 
 and its `WrappedTorchNorm` no sequence parallelism. Nothing here builds a [T, T] mask: each
 sequence of the pack is attended to by itself, by torch's varlen kernel on a GPU and by one SDPA
 call a sequence elsewhere.
+
+Under context parallelism a rank holds two pieces of every sequence (`PackedBatch`). It gathers the
+keys and values of all ranks, and each of its pieces attends to the keys up to its own end.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megaopd.batch import PackedBatch
+
+
+@dataclass(frozen=True)
+class KeyPieces:
+    """What each run of queries on this rank attends to; worked out once per micro-batch.
+
+    Run i are consecutive tokens of one sequence. Its keys are that sequence's tokens from the first
+    to the last of the run, so its mask is causal and aligned at the end.
+
+    Attributes:
+        query_lengths: tokens of each run; their sum is T.
+        key_lengths: keys of each run.
+        source: int64, which of the gathered keys each key is, run by run; None takes the keys as
+            they lie (each run is a whole sequence).
+    """
+
+    query_lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...]
+    source: Tensor | None
+
+
+def key_pieces(cu_seqlens: Tensor, cp_rank: int, cp_size: int) -> KeyPieces:
+    """The runs of a rank under zigzag context parallelism; each whole sequence without it.
+
+    Args:
+        cu_seqlens: [S + 1] starts of the sequences over all ranks; with cp_size > 1 every length is
+            a multiple of 2 x cp_size.
+    """
+    starts = cu_seqlens.tolist()
+    if cp_size == 1:
+        lengths = tuple(end - start for start, end in itertools.pairwise(starts))
+        return KeyPieces(lengths, lengths, None)
+    tokens = starts[-1] // cp_size  # of each rank; the gathered keys lie rank by rank
+    query_lengths, key_lengths, source = [], [], []
+    for start, end in itertools.pairwise(starts):
+        piece = (end - start) // (2 * cp_size)
+        # Where in the gathered keys the pieces of this sequence begin, in their natural order.
+        begins = [rank * tokens + start // cp_size for rank in range(cp_size)]
+        begins += [begin + piece for begin in reversed(begins)]
+        keys = torch.cat([torch.arange(begin, begin + piece) for begin in begins])
+        for mine in (cp_rank, 2 * cp_size - 1 - cp_rank):
+            query_lengths.append(piece)
+            key_lengths.append(piece * (mine + 1))
+            source.append(keys[: piece * (mine + 1)])
+    index = torch.cat(source).to(cu_seqlens.device)
+    return KeyPieces(tuple(query_lengths), tuple(key_lengths), index)
+
+
+class PackedSequences(PackedSeqParams):
+    """Megatron's description of a packed micro-batch, with what `PackedAttention` makes of it."""
+
+    _pieces: KeyPieces | None = None
+
+    @classmethod
+    def of(cls, batch: PackedBatch, cp_size: int) -> PackedSequences:
+        """Describes `batch`.
+
+        TransformerEngine's context parallelism asks for the padded starts. The sequences are padded
+        to 2 x cp_size already; what fills them comes last, where no real token attends to it.
+        """
+        starts, longest = batch.cu_seqlens, batch.max_seqlen
+        padded = starts if cp_size > 1 else None
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=starts,
+            cu_seqlens_kv=starts,
+            cu_seqlens_q_padded=padded,
+            cu_seqlens_kv_padded=padded,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+
+    def pieces(self, group: dist.ProcessGroup | None) -> KeyPieces:
+        """The runs of this rank of the context-parallel group."""
+        if self._pieces is None:
+            rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
+            self._pieces = key_pieces(self.cu_seqlens_q, rank, size)
+        return self._pieces
+
 
 class PackedAttention(MegatronModule):
-    """`core_attention` over THD tensors: [T, heads, head_dim], queries grouped over KV heads."""
+    """`core_attention` over THD tensors: [T, heads, head_dim], queries grouped over KV heads.
+
+    Args:
+        pg_collection: its `cp` is the context-parallel group; None is a group of one.
+    """
 
     def __init__(
         self,
@@ -30,10 +122,12 @@ class PackedAttention(MegatronModule):
         attn_mask_type: AttnMaskType,
         attention_type: str,
         softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
+        self.cp_group = pg_collection.cp if pg_collection is not None else None
 
     def forward(
         self,
@@ -43,10 +137,10 @@ class PackedAttention(MegatronModule):
         attention_mask: Tensor | None = None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedSequences | None = None,
         **unused: Any,
     ) -> Tensor:
-        """Returns [T, heads * head_dim].
+        """Returns [T, heads * head_dim]; collective over the context-parallel group.
 
         Args:
             query: [T, heads, head_dim].
@@ -59,37 +153,52 @@ class PackedAttention(MegatronModule):
         """
         if packed_seq_params is None or packed_seq_params.qkv_format != "thd":
             raise ValueError("PackedAttention takes packed sequences (qkv_format='thd') only")
+        pieces = packed_seq_params.pieces(self.cp_group)
+        if pieces.source is not None:
+            # One collective for both; its backward sums every rank's gradient of these keys.
+            gathered = gather_from_sequence_parallel_region(
+                torch.cat((key, value), dim=-1),
+                tensor_parallel_output_grad=True,
+                group=self.cp_group,
+            )
+            key, value = gathered[pieces.source].split((key.size(-1), value.size(-1)), dim=-1)
         if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-            out = _varlen(query, key, value, packed_seq_params, self.softmax_scale)
+            out = _varlen(query, key, value, pieces, self.softmax_scale)
         else:
-            out = _each_sequence(query, key, value, packed_seq_params, self.softmax_scale)
+            out = _each_sequence(query, key, value, pieces, self.softmax_scale)
         return out.reshape(query.size(0), -1)
 
 
 def _each_sequence(
-    query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, pieces: KeyPieces, scale: float | None
 ) -> Tensor:
-    lengths = (packed.cu_seqlens_q[1:] - packed.cu_seqlens_q[:-1]).tolist()
     gqa = query.size(1) != key.size(1)
+    queries, keys = pieces.query_lengths, pieces.key_lengths
     outs = []
-    for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
+    for q, k, v in zip(query.split(queries), key.split(keys), value.split(keys), strict=True):
         # [t, heads, d] -> [heads, t, d]
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        # SDPA's own causal mask is aligned at the start.
+        mask = None
+        if q.size(1) != k.size(1):
+            mask = torch.ones(q.size(1), k.size(1), dtype=torch.bool, device=q.device)
+            mask = mask.tril(k.size(1) - q.size(1))
         out = F.scaled_dot_product_attention(
-            q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=gqa
+            q[None], k[None], v[None], mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
         )
         outs.append(out[0].transpose(0, 1))
     return torch.cat(outs)
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, pieces: KeyPieces, scale: float | None
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     accepts = inspect.signature(varlen_attn).parameters
     options: dict[str, Any] = {"scale": scale} if scale is not None else {}
-    # torch 2.10 spells causality `is_causal`, later versions as a window without a right side.
+    # torch 2.10 spells causality `is_causal`, later versions as a window without a right side;
+    # either is aligned at the end of the keys.
     options.update({"window_size": (-1, 0)} if "window_size" in accepts else {"is_causal": True})
     if query.size(1) != key.size(1):
         if "enable_gqa" in accepts:
@@ -97,8 +206,13 @@ def _varlen(
         else:
             repeats = query.size(1) // key.size(1)
             key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-    cu, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-    out = varlen_attn(query, key, value, cu, cu, longest, longest, **options)
+    starts = [
+        F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+        for lengths in (pieces.query_lengths, pieces.key_lengths)
+    ]
+    cu_q, cu_k = (x.to(query.device, non_blocking=True) for x in starts)
+    longest_q, longest_k = max(pieces.query_lengths), max(pieces.key_lengths)
+    out = varlen_attn(query, key, value, cu_q, cu_k, longest_q, longest_k, **options)
     assert isinstance(out, Tensor)  # a pair only where auxiliary outputs are asked for
     return out
 

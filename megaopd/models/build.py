@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt import gpt_layer_specs as specs
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -18,18 +18,17 @@ from megatron.core.tensor_parallel import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
+from megatron.core.transformer.transformer_block import LayerNormImpl, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megaopd.batch import PackedBatch
 from megaopd.config import ParallelConfig
 from megaopd.models.arch import ModelArch, rope_inv_freq
-from megaopd.models.attention import PackedAttention, RMSNorm
+from megaopd.models.attention import PackedAttention, PackedSequences, RMSNorm
+from megaopd.models.moe import layer_specs, mark_experts, moe_config
 from megaopd.parallel.groups import ParallelGroups
+from megaopd.parallel.layout import Layout
 
 try:
     import transformer_engine  # noqa: F401
@@ -39,6 +38,17 @@ except ImportError:
     HAVE_TE = False
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# train.recompute -> what Megatron computes again in the backward pass.
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
 
 
 class HiddenGPTModel(GPTModel):
@@ -52,28 +62,27 @@ class HiddenGPTModel(GPTModel):
 
     @property
     def head(self) -> Tensor:
-        """This rank's rows of the LM head, [padded_vocab_size / tp_size, H]; last stage only."""
+        """This rank's rows of the LM head, [padded_vocab_size / tp_size, H]; last chunk only."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Runs this stage on a micro-batch.
+        """Runs this chunk on a micro-batch.
+
+        Megatron derives the rotary positions from the starts of the sequences and the rank in the
+        context-parallel group; they are the batch's `positions_T`.
 
         Returns:
-            On the last stage the hidden states [T, H], the same on all tensor-parallel ranks; their
-            incoming gradient is taken as already summed over those ranks. Elsewhere what the next
-            stage receives.
+            On the last stage the hidden states [T, H] of this rank's tokens, the same on all
+            tensor-parallel ranks; their incoming gradient is taken as already summed over those
+            ranks. Elsewhere what the next stage receives.
         """
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=batch.cu_seqlens,
-            cu_seqlens_kv=batch.cu_seqlens,
-            max_seqlen_q=batch.max_seqlen,
-            max_seqlen_kv=batch.max_seqlen,
-        )
         hidden = super().forward(
-            batch.tokens_T[None], batch.positions_T[None], None, packed_seq_params=packed
+            batch.tokens_T[None],
+            batch.positions_T[None],
+            None,
+            packed_seq_params=PackedSequences.of(batch, self.pg_collection.cp.size()),
         )
         if not self.post_process:
             return hidden
@@ -84,14 +93,27 @@ class HiddenGPTModel(GPTModel):
         return hidden.squeeze(1)
 
 
-def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
-    """Rows of embedding and head over all ranks: the next multiple of 128 * tp_size."""
-    multiple = 128 * tp_size
-    return math.ceil(vocab_size / multiple) * multiple
+def _pipeline_layout(arch: ModelArch, layout: Layout) -> list[list[str]] | None:
+    """What every (virtual) stage holds, in the order of the network."""
+    if layout.parallel.pipeline == 1:
+        return None
+    stages = [["decoder"] * n for n in layout.layers_per_stage(arch.num_layers)]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
 
 
-def transformer_config(arch: ModelArch, parallel: ParallelConfig, dtype: str) -> TransformerConfig:
-    """Megatron's configuration of `arch` under `parallel`."""
+def transformer_config(
+    arch: ModelArch,
+    layout: Layout,
+    dtype: str,
+    *,
+    recompute: str = "none",
+    router_aux_loss_coef: float = 0.0,
+) -> TransformerConfig:
+    """Megatron's configuration of `arch` in `layout`."""
+    parallel = layout.parallel
+    interleaved = parallel.virtual_pipeline > 1
     params_dtype = DTYPES[dtype]
     _, rope_attention_scaling = rope_inv_freq(arch)
     softmax_scale = None
@@ -121,9 +143,16 @@ def transformer_config(arch: ModelArch, parallel: ParallelConfig, dtype: str) ->
         bf16=dtype == "bf16",
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        pipeline_model_parallel_layout=_pipeline_layout(arch, layout),
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence_parallel,
-        variable_seq_lengths=True,
+        # Stages tell each other the shape of what they send. Interleaved, two ranks would mix up
+        # the shapes that go both ways at once; there all micro-batches have one length (schedule).
+        variable_seq_lengths=not interleaved,
+        # With two stages, batched sends would mix up the tensors likewise.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         moe_token_dispatcher_type="alltoall",  # Megatron asks it of variable lengths, MoE or not
         calculate_per_token_loss=True,
         use_cpu_initialization=not torch.cuda.is_available(),
@@ -134,23 +163,35 @@ def transformer_config(arch: ModelArch, parallel: ParallelConfig, dtype: str) ->
         gradient_accumulation_fusion=fused,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
+        **RECOMPUTE[recompute],
+        **moe_config(arch, parallel, router_aux_loss_coef, grouped=HAVE_TE),
     )
 
 
-def _layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
-    """TransformerEngine's layer where it imports, else Megatron's local one with our attention."""
+def _layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
+    """A layer with a plain MLP (None) or that many experts: TransformerEngine's where it imports,
+    else Megatron's local one with our attention."""
+    mlp = {"num_experts": num_experts, "moe_grouped_gemm": config.moe_grouped_gemm}
     if HAVE_TE:
-        return specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        return specs.get_gpt_layer_with_transformer_engine_spec(
+            qk_layernorm=config.qk_layernorm, **mlp
+        )
     layer = specs.get_gpt_layer_local_spec(
-        qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+        qk_layernorm=config.qk_layernorm, normalization="RMSNorm", **mlp
     )
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return layer
+
+
+def _block_spec(config: TransformerConfig, layers: range) -> TransformerBlockSubmodules:
+    """One chunk's layers, by their global indices, and the final norm."""
     return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
+        layer_specs=layer_specs(config, layers, partial(_layer_spec, config)),
+        layer_norm=LayerNormImpl if HAVE_TE else RMSNorm,
     )
 
 
@@ -171,33 +212,81 @@ def _mark_shards(model: HiddenGPTModel) -> None:
             set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
 
 
+def _require_grad(module: torch.nn.Module, args: Any, output: Tensor) -> Tensor:
+    """Lets the gradient through a recomputed layer whose input comes from a frozen embedding.
+
+    Megatron computes a layer again in the backward pass of its output, which has one only where an
+    input has a gradient; without, the layer's own weights would get none.
+    """
+    if torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_()
+    return output
+
+
 def build_model(
     arch: ModelArch,
     parallel: ParallelConfig,
     groups: ParallelGroups,
     dtype: str,
     vocab_rows: int,
-) -> HiddenGPTModel:
+    *,
+    recompute: str = "none",
+    router_aux_loss_coef: float = 0.0,
+) -> list[HiddenGPTModel]:
     """Builds this rank's part of the model; its weights are not initialised.
 
     Args:
-        vocab_rows: rows of embedding and head over all tensor-parallel ranks, padding included; the
-            same for student and teacher, so that their vocabulary partitions agree.
+        parallel: the layout of `groups`.
+        vocab_rows: rows of embedding and head over all tensor-parallel ranks, padding included.
+        recompute: what the backward pass computes again, an entry of RECOMPUTE.
+        router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts.
+
+    Returns:
+        The chunks of this rank, one per virtual stage. The embedding is on the first chunk of the
+        first stage, the head on the last chunk of the last stage.
     """
-    config = transformer_config(arch, parallel, dtype)
+    config = transformer_config(
+        arch,
+        groups.layout,
+        dtype,
+        recompute=recompute,
+        router_aux_loss_coef=router_aux_loss_coef,
+    )
+    with groups.active():
+        return [
+            _build_chunk(arch, config, groups, vocab_rows, chunk)
+            for chunk in range(parallel.virtual_pipeline)
+        ]
+
+
+def _build_chunk(
+    arch: ModelArch,
+    config: TransformerConfig,
+    groups: ParallelGroups,
+    vocab_rows: int,
+    chunk: int,
+) -> HiddenGPTModel:
+    num_stages, num_chunks = groups.pp.size(), groups.parallel.virtual_pipeline
+    stage = chunk * num_stages + groups.pp.rank()
+    layers = groups.layout.layers_per_stage(arch.num_layers)
+    first = sum(layers[:stage])
     model = HiddenGPTModel(
         config,
-        _layer_spec(config),
+        _block_spec(config, range(first, first + layers[stage])),
         vocab_size=vocab_rows,
         max_sequence_length=arch.max_positions,
-        pre_process=groups.is_first_stage,
-        post_process=groups.is_last_stage,
+        pre_process=stage == 0,
+        post_process=stage == num_stages * num_chunks - 1,
         parallel_output=True,
         share_embeddings_and_output_weights=arch.tied,
         position_embedding_type="rope",
         pg_collection=groups.collection,
+        vp_stage=chunk if num_chunks > 1 else None,
     )
     _mark_shards(model)
+    mark_experts(model)
+    if config.recompute_granularity == "full" and model.pre_process:
+        model.embedding.register_forward_hook(_require_grad)
     inv_freq, _ = rope_inv_freq(arch)
     model.rotary_pos_emb.inv_freq = inv_freq.to(groups.device)
     return model.to(groups.device)

@@ -1,7 +1,7 @@
 """The model families, and the parameters of a model of each.
 
 A family is one entry of `FAMILIES`: its configuration class in transformers, what its decoder layer
-has beyond Llama's, and the pieces its layer is made of. A piece lists the `ParamMapping`s of one
+has beyond Llama's, and the pieces its layers are made of. A piece lists the `ParamMapping`s of one
 part of a decoder layer and serves every family that has that part.
 """
 
@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from megaopd.models.mapping import (
     QKV,
@@ -35,7 +33,7 @@ Piece = Callable[["ModelArch", str, str], Iterator[ParamMapping]]
 
 def block_norms(arch: ModelArch, ours: str, theirs: str) -> Iterator[ParamMapping]:
     """The norms before attention and before the MLP."""
-    norm = Replicated(arch.hidden_size)
+    norm = Replicated((arch.hidden_size,))
     yield ParamMapping(
         f"{ours}.input_layernorm.weight", (f"{theirs}.input_layernorm.weight",), norm
     )
@@ -62,7 +60,7 @@ def attention(arch: ModelArch, ours: str, theirs: str) -> Iterator[ParamMapping]
             yield ParamMapping(
                 f"{ours}.{x}_layernorm.weight",
                 (f"{theirs}.{x}_norm.weight",),
-                Replicated(arch.head_dim),
+                Replicated((arch.head_dim,)),
             )
     yield ParamMapping(
         f"{ours}.linear_proj.weight",
@@ -85,27 +83,56 @@ def gated_mlp(arch: ModelArch, ours: str, theirs: str) -> Iterator[ParamMapping]
     )
 
 
+def experts(arch: ModelArch, ours: str, theirs: str) -> Iterator[ParamMapping]:
+    """A mixture of gated MLPs without biases, and its router; no shared expert."""
+    assert arch.moe is not None
+    moe = arch.moe
+    router = Replicated((moe.num_experts, arch.hidden_size))
+    yield ParamMapping(f"{ours}.mlp.router.weight", (f"{theirs}.mlp.gate.weight",), router)
+    for e in range(moe.num_experts):
+        mine, expert = f"{ours}.mlp.experts.{e}", f"{theirs}.mlp.experts.{e}"
+        yield ParamMapping(
+            f"{mine}.linear_fc1.weight",
+            (f"{expert}.gate_proj.weight", f"{expert}.up_proj.weight"),
+            GatedMLP(moe.ffn_hidden_size, arch.hidden_size),
+            expert=e,
+        )
+        yield ParamMapping(
+            f"{mine}.linear_fc2.weight",
+            (f"{expert}.down_proj.weight",),
+            RowParallel(arch.hidden_size, moe.ffn_hidden_size),
+            expert=e,
+        )
+
+
 @dataclass(frozen=True)
 class Family:
     """What sets a family apart.
 
     Attributes:
-        config_class: the class that gives config.json's absent fields their defaults.
+        config_class: name of the class in transformers that gives config.json's absent fields their
+            defaults; looked up when a model of the family is read.
         qk_norm: queries and keys are normalised per head.
         qkv_bias: query, key and value projections (and only they) have biases.
         layer: the pieces of a decoder layer.
+        moe_layer: the pieces of a decoder layer whose MLP is a mixture of experts; empty for a
+            family that has none.
     """
 
-    config_class: type[PreTrainedConfig]
+    config_class: str
     qk_norm: bool = False
     qkv_bias: bool = False
     layer: tuple[Piece, ...] = (block_norms, attention, gated_mlp)
+    moe_layer: tuple[Piece, ...] = ()
 
 
 # By the name in config.json's `architectures`.
 FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family(LlamaConfig),
-    "Qwen3ForCausalLM": Family(Qwen3Config, qk_norm=True),
+    "LlamaForCausalLM": Family("LlamaConfig"),
+    "Qwen3ForCausalLM": Family("Qwen3Config", qk_norm=True),
+    "Qwen3MoeForCausalLM": Family(
+        "Qwen3MoeConfig", qk_norm=True, moe_layer=(block_norms, attention, experts)
+    ),
 }
 
 
@@ -116,12 +143,15 @@ def param_mappings(arch: ModelArch) -> dict[str, ParamMapping]:
     """
     vocab = Vocab(arch.vocab_size, arch.hidden_size)
     mappings = [ParamMapping(EMBEDDING, ("model.embed_tokens.weight",), vocab)]
+    family = FAMILIES[arch.family]
     for i in range(arch.num_layers):
-        for piece in FAMILIES[arch.family].layer:
+        for piece in family.moe_layer if arch.is_moe_layer(i) else family.layer:
             mappings.extend(piece(arch, f"decoder.layers.{i}", f"model.layers.{i}"))
     mappings.append(
         ParamMapping(
-            "decoder.final_layernorm.weight", ("model.norm.weight",), Replicated(arch.hidden_size)
+            "decoder.final_layernorm.weight",
+            ("model.norm.weight",),
+            Replicated((arch.hidden_size,)),
         )
     )
     if not arch.tied:

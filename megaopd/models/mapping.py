@@ -3,8 +3,9 @@
 A `ParamMapping` joins a parameter's canonical global name, its Hugging Face names and a `Layout`.
 The layout says which slices of the Hugging Face tensors a tensor-parallel rank holds and how the
 shards of all ranks become those tensors again; nothing is computed, so both ways are exact to the
-bit. Loading, export and weight sync all read this one description. Knows torch, not Megatron, files
-or families.
+bit. Each expert has parameters of its own, whatever module computes them, shared out by the
+tensor parallelism inside experts. Loading, export and weight sync all read this one
+description. Knows torch, not Megatron, files or families.
 """
 
 from __future__ import annotations
@@ -27,34 +28,54 @@ _FUSED_NORMS = {
     ".self_attention.linear_qkv.layer_norm_weight": ".input_layernorm.weight",
     ".mlp.linear_fc1.layer_norm_weight": ".pre_mlp_layernorm.weight",
 }
+# Experts one after another (the local spec), or grouped in one module (TransformerEngine).
+_EXPERTS = (
+    re.compile(r"^\.mlp\.experts\.local_experts\.(?P<expert>\d+)\.(?P<linear>\w+)\.weight$"),
+    re.compile(r"^\.mlp\.experts\.(?P<linear>\w+)\.weight(?P<expert>\d+)$"),
+)
 
 
-def canonical_name(name: str, layer_offset: int) -> str:
+def canonical_name(name: str, layers: Sequence[int], first_expert: int = 0) -> str:
     """Returns the canonical global name of a `GPTModel` parameter.
 
     Args:
-        name: as `named_parameters` gives it: the layer's index is local to the pipeline stage, and
-            the norms have TransformerEngine's or the local spec's names.
-        layer_offset: global index of the stage's first layer.
+        name: as `named_parameters` gives it: the layer's index is local to the (virtual) pipeline
+            stage, an expert's to the expert-parallel rank, and norms and experts have
+            TransformerEngine's or the local spec's names.
+        layers: global indices of the stage's layers.
+        first_expert: global index of the rank's first expert.
     """
     match = _LAYER.match(name)
     if match is None:
         return name
     prefix, index, rest = match.groups()
-    return f"{prefix}{int(index) + layer_offset}{_FUSED_NORMS.get(rest, rest)}"
+    for pattern in _EXPERTS:
+        if expert := pattern.match(rest):
+            number = int(expert["expert"]) + first_expert
+            rest = f".mlp.experts.{number}.{expert['linear']}.weight"
+            break
+    return f"{prefix}{layers[int(index)]}{_FUSED_NORMS.get(rest, rest)}"
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Rows of embedding and head over all ranks: the next multiple of 128 x tp_size."""
+    multiple = 128 * tp_size
+    return -(-vocab_size // multiple) * multiple
 
 
 @dataclass(frozen=True)
 class Partition:
-    """One tensor-parallel rank's place.
+    """One rank's place among the tensor-parallel ranks that share a parameter.
 
     Attributes:
         padded_vocab_size: rows of embedding and head over all ranks, padding included.
+        field: the configuration's name of tp_size, for an error message.
     """
 
     tp_rank: int
     tp_size: int
     padded_vocab_size: int
+    field: str = "parallel.tensor"
 
     def share(self, size: int, what: str) -> slice:
         """Returns this rank's equal part of `size`.
@@ -64,7 +85,7 @@ class Partition:
         """
         if size % self.tp_size:
             raise ConfigError(
-                "parallel.tensor",
+                self.field,
                 f"{self.tp_size} ranks do not divide {size} {what}",
                 "choose a tensor-parallel size that does",
             )
@@ -109,21 +130,23 @@ class ParamMapping:
     Attributes:
         megatron: canonical global name: the local spec's names, the layer's global index.
         hf: names of the Hugging Face tensors, in the layout's order.
+        expert: global index of the expert it belongs to; None is no expert's.
     """
 
     megatron: str
     hf: tuple[str, ...]
     layout: Layout
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
 class Replicated:
-    """The same 1-D tensor on every rank."""
+    """The same tensor on every rank."""
 
-    size: int
+    shape: Shape
 
     def hf_shapes(self) -> tuple[Shape, ...]:
-        return ((self.size,),)
+        return (self.shape,)
 
     def load(self, read: Read, part: Partition) -> Tensor:
         return read(0)

@@ -1,13 +1,14 @@
 """Moves weights between Hugging Face tensors and the shards of a running model.
 
-Loading: every rank reads the slices it holds. Export: the tensor-parallel ranks of the stage that
-owns a parameter gather its shards, one parameter at a time; both use the family's one mapping
-table.
+Loading: every rank reads the slices it holds. Export: the ranks of the stage that share a parameter
+gather its shards, one parameter at a time, and hand it to the others; both use the family's one
+mapping table. A rank's model is a list of chunks, one per virtual pipeline stage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,45 +17,48 @@ from torch import Tensor
 
 from megaopd.models.arch import ModelArch
 from megaopd.models.build import HiddenGPTModel
-from megaopd.models.families import param_mappings
+from megaopd.models.families import EMBEDDING, OUTPUT_LAYER, param_mappings
 from megaopd.models.freeze import check_freeze, is_frozen
 from megaopd.models.hf_io import HFReader, load_into
-from megaopd.models.mapping import canonical_name
+from megaopd.models.mapping import Partition, canonical_name
 from megaopd.parallel.groups import ParallelGroups
 
-_TIED_HEAD, _EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
+_LAYER = re.compile(r"^decoder\.layers\.\d+\.")
 
 
-def named_parameters(model: HiddenGPTModel, arch: ModelArch) -> dict[str, torch.nn.Parameter]:
+def named_parameters(
+    chunks: Sequence[HiddenGPTModel], arch: ModelArch
+) -> dict[str, torch.nn.Parameter]:
     """This rank's parameters by canonical global name (a tied head has the embedding's)."""
-    layers = model.decoder.layers
-    offset = layers[0].layer_number - 1 if len(layers) else 0
     named = {}
-    for name, param in model.named_parameters():
-        name = canonical_name(name, offset)
-        named[_EMBEDDING if arch.tied and name == _TIED_HEAD else name] = param
+    for chunk in chunks:
+        layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
+        first_expert = 0
+        if arch.moe is not None:
+            ep = chunk.pg_collection.ep
+            first_expert = ep.rank() * (arch.moe.num_experts // ep.size())
+        for name, param in chunk.named_parameters():
+            name = canonical_name(name, layers, first_expert)
+            named[EMBEDDING if arch.tied and name == OUTPUT_LAYER else name] = param
     return named
 
 
-def load_weights(model: HiddenGPTModel, arch: ModelArch, path: str | Path) -> None:
+def load_weights(chunks: Sequence[HiddenGPTModel], arch: ModelArch, path: str | Path) -> None:
     """Fills the model from a Hugging Face directory; each rank reads only its slices.
 
     Raises:
         CheckpointError: a file or tensor is missing, truncated, unexpected or of another shape.
+        ConfigError: tensor parallelism does not divide a dimension.
     """
-    tp = model.pg_collection.tp
-    with torch.no_grad():
-        load_into(
-            named_parameters(model, arch),
-            arch,
-            HFReader(path),
-            tp.rank(),
-            tp.size(),
-            padded_vocab_size=model.vocab_size,
-        )
+    groups = chunks[0].pg_collection
+    part = expert_part = Partition(groups.tp.rank(), groups.tp.size(), chunks[0].vocab_size)
+    if arch.moe is not None:
+        rank, size = groups.expt_tp.rank(), groups.expt_tp.size()
+        expert_part = Partition(rank, size, chunks[0].vocab_size, "parallel.expert_tensor")
+    load_into(named_parameters(chunks, arch), arch, HFReader(path), part, expert_part)
 
 
-def freeze(model: HiddenGPTModel, arch: ModelArch, patterns: tuple[str, ...]) -> None:
+def freeze(chunks: Sequence[HiddenGPTModel], arch: ModelArch, patterns: tuple[str, ...]) -> None:
     """Takes the parameters whose Hugging Face names match a pattern out of training.
 
     Raises:
@@ -62,13 +66,13 @@ def freeze(model: HiddenGPTModel, arch: ModelArch, patterns: tuple[str, ...]) ->
     """
     check_freeze(arch, patterns)
     mappings = param_mappings(arch)
-    for name, param in named_parameters(model, arch).items():
+    for name, param in named_parameters(chunks, arch).items():
         if is_frozen(mappings[name], patterns):
             param.requires_grad_(False)
 
 
 def export_weights(
-    model: HiddenGPTModel,
+    chunks: Sequence[HiddenGPTModel],
     arch: ModelArch,
     groups: ParallelGroups,
     frozen: tuple[str, ...] = (),
@@ -80,24 +84,29 @@ def export_weights(
     Args:
         frozen: patterns of tensors to leave out, as in `freeze`.
     """
-    params = named_parameters(model, arch)
-    owners = _owning_stages(params, groups)
+    params = named_parameters(chunks, arch)
+    stages = _stages(params, groups)
+    dtype = chunks[0].config.params_dtype
     for name, mapping in param_mappings(arch).items():
         if is_frozen(mapping, frozen):
             continue
-        owner = owners[name]
-        if groups.pp.rank() == owner:
-            tensors = mapping.layout.export(_gather_shards(params[name].detach(), groups.tp))
+        stage, owner = stages[_place(name)], 0
+        if mapping.expert is not None:
+            assert arch.moe is not None
+            owner = mapping.expert // (arch.moe.num_experts // groups.ep.size())
+        if name in params and stage == groups.pp.rank():
+            sharers = groups.tp if mapping.expert is None else groups.expt_tp
+            tensors = mapping.layout.export(_gather_shards(params[name].detach(), sharers))
         else:
             tensors = tuple(
-                torch.empty(shape, dtype=model.config.params_dtype, device=groups.device)
+                torch.empty(shape, dtype=dtype, device=groups.device)
                 for shape in mapping.layout.hf_shapes()
             )
         for hf_name, tensor in zip(mapping.hf, tensors, strict=True):
-            if groups.pp.size() > 1:
-                tensor = tensor.contiguous()
-                dist.broadcast(tensor, group=groups.pp, group_src=owner)
-            yield hf_name, tensor
+            # First every rank of the stage gets it, then every stage.
+            if mapping.expert is not None and stage == groups.pp.rank():
+                tensor = _broadcast(tensor, groups.ep, owner)
+            yield hf_name, _broadcast(tensor, groups.pp, stage)
 
 
 def _gather_shards(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
@@ -108,15 +117,30 @@ def _gather_shards(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     return shards
 
 
-def _owning_stages(params: dict[str, torch.nn.Parameter], groups: ParallelGroups) -> dict[str, int]:
-    """Parameter name -> the first pipeline stage that holds it."""
-    held: list[list[str]] = [[] for _ in range(groups.pp.size())]
-    if groups.pp.size() == 1:
-        held = [list(params)]
-    else:
-        dist.all_gather_object(held, list(params), group=groups.pp)
-    owners: dict[str, int] = {}
-    for stage, names in enumerate(held):
-        for name in names:
-            owners.setdefault(name, stage)
-    return owners
+def _broadcast(tensor: Tensor, group: dist.ProcessGroup, source: int) -> Tensor:
+    if group.size() > 1:
+        tensor = tensor.contiguous()
+        dist.broadcast(tensor, group=group, group_src=source)
+    return tensor
+
+
+def _place(name: str) -> str:
+    """What lies on one pipeline stage as a whole: the parameter's layer, or the parameter."""
+    layer = _LAYER.match(name)
+    return layer[0] if layer else name
+
+
+def _stages(params: dict[str, torch.nn.Parameter], groups: ParallelGroups) -> dict[str, int]:
+    """`_place` of a parameter -> the first pipeline stage that holds it.
+
+    Expert-parallel ranks hold different experts, but the same layers.
+    """
+    mine = sorted({_place(name) for name in params})
+    held = [mine] * groups.pp.size()
+    if groups.pp.size() > 1:
+        dist.all_gather_object(held, mine, group=groups.pp)
+    stages: dict[str, int] = {}
+    for stage, places in enumerate(held):
+        for place in places:
+            stages.setdefault(place, stage)
+    return stages

@@ -108,7 +108,7 @@ class EmbeddedEngine:
             RolloutError: an unknown name, another shape, or a tensor that never came.
         """
         # With keep_vars, tied names lead to one and the same tensor object.
-        targets = self.model.state_dict(keep_vars=True)
+        targets = _with_single_experts(self.model.state_dict(keep_vars=True))
         awaited = {} if self._complete else {id(t): name for name, t in targets.items()}
         self._complete = False
         remedy = "sync the weights of the model that the engine was built for"
@@ -297,3 +297,24 @@ class EmbeddedEngine:
             logits_to_keep=1,
         )
         return output.logits[:, -1]
+
+
+def _with_single_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` with views of single experts, as a directory names them, for fused ones.
+
+    transformers 5 holds the experts of a layer in gate_up_proj [experts, 2 x features, hidden],
+    gate rows first, and down_proj [experts, hidden, features].
+    """
+    single: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        prefix, _, projection = name.rpartition(".")
+        if not prefix.endswith(".experts") or projection not in ("gate_up_proj", "down_proj"):
+            single[name] = tensor
+            continue
+        for e, expert in enumerate(tensor):
+            parts = {"down_proj": expert}
+            if projection == "gate_up_proj":
+                gate, up = expert.chunk(2)
+                parts = {"gate_proj": gate, "up_proj": up}
+            single |= {f"{prefix}.{e}.{part}.weight": view for part, view in parts.items()}
+    return single

@@ -16,15 +16,15 @@ from megaopd.models.families import EMBEDDING, OUTPUT_LAYER, hf_shapes, param_ma
 from megaopd.models.hf_io.reader import COPY_AGAIN, HFReader
 from megaopd.models.mapping import Partition, Vocab
 
-# Where a tied model's directory may repeat the embedding.
-_HEAD = "lm_head.weight"
+# Where a tied model's directory may repeat the embedding; rows that are compared at a time.
+_HEAD, _HEAD_ROWS = "lm_head.weight", 4096
 
 
 def check_weights(reader: HFReader, arch: ModelArch) -> None:
     """Checks every file, name, shape and dtype, reading headers only.
 
     Rotary frequency buffers are ignored. A tied model may also store its head if it equals the
-    embedding, which 64 evenly spread rows decide.
+    embedding; both are then read.
 
     Raises:
         CheckpointError: a file or tensor is missing, truncated, unexpected or of another shape.
@@ -59,12 +59,14 @@ def check_weights(reader: HFReader, arch: ModelArch) -> None:
 
 def _check_tied_head(reader: HFReader, arch: ModelArch) -> None:
     (embedding,) = param_mappings(arch)[EMBEDDING].hf
-    for row in torch.linspace(0, arch.vocab_size - 1, 64).long().unique().tolist():
-        rows = slice(row, row + 1)
-        if not torch.equal(reader.read(_HEAD, rows), reader.read(embedding, rows)):
+    for start in range(0, arch.vocab_size, _HEAD_ROWS):
+        rows = slice(start, min(start + _HEAD_ROWS, arch.vocab_size))
+        differs = (reader.read(_HEAD, rows) != reader.read(embedding, rows)).any(dim=1)
+        if differs.any():
             raise CheckpointError(
                 reader.where(_HEAD),
-                f"row {row} is not the embedding's, though config.json ties them",
+                f"row {start + int(differs.int().argmax())} is not the embedding's, though "
+                "config.json ties them",
                 "set tie_word_embeddings to false in config.json, or remove the tensor",
             )
 
@@ -73,15 +75,16 @@ def load_into(
     params: Mapping[str, Tensor],
     arch: ModelArch,
     reader: HFReader,
-    tp_rank: int,
-    tp_size: int,
-    padded_vocab_size: int,
+    part: Partition,
+    expert_part: Partition | None = None,
 ) -> None:
     """Fills this rank's parameters in place, casting to their dtype, after `check_weights`.
 
     Args:
-        params: canonical global name -> local shard; any subset of the model, such as one stage's.
-        padded_vocab_size: rows of embedding and head over all tensor-parallel ranks.
+        params: canonical global name -> local shard; any subset of the model, such as one stage's
+            or one expert-parallel rank's.
+        part: the rank's place among its tensor-parallel ranks.
+        expert_part: its place among those that share an expert; None is `part`.
 
     Raises:
         CheckpointError: see `check_weights`; or a parameter has no mapping or another shape.
@@ -89,7 +92,6 @@ def load_into(
     """
     check_weights(reader, arch)
     mappings = param_mappings(arch)
-    part = Partition(tp_rank, tp_size, padded_vocab_size)
     for name, param in params.items():
         if name not in mappings:
             raise CheckpointError(
@@ -98,11 +100,12 @@ def load_into(
                 f"enter it in megaopd.models.families for {arch.family}",
             )
         mapping = mappings[name]
-        shard = mapping.layout.load(reader.reader_of(mapping), part)
+        place = part if mapping.expert is None else expert_part or part
+        shard = mapping.layout.load(reader.reader_of(mapping), place)
         if shard.shape != param.shape:
             raise CheckpointError(
                 reader.where(mapping.hf[0]),
-                f"gives rank {tp_rank} a shard {list(shard.shape)} for {name}, which is "
+                f"gives rank {place.tp_rank} a shard {list(shard.shape)} for {name}, which is "
                 f"{list(param.shape)}",
                 "check the model's layout against megaopd.models.families",
             )

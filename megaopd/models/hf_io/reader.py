@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,27 @@ _DTYPES = {
 }
 
 
+# All experts of a layer in one tensor, and the projections whose rows follow one another in it.
+_FUSED_EXPERTS = re.compile(r"^(.+\.mlp\.experts)\.(gate_up_proj|down_proj)$")
+_PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+@dataclass(frozen=True)
+class _ExpertPart:
+    """One expert's projection inside a fused tensor: `shape[0]` rows of its matrix `expert`."""
+
+    fused: str
+    expert: int
+    first_row: int
+    shape: Shape
+
+
 class HFReader:
     """The tensors of a Hugging Face directory, by name; files are opened when they are needed.
+
+    transformers 5 fuses the experts of a layer into gate_up_proj [experts, 2 x features, hidden]
+    and down_proj [experts, hidden, features]. It saves them apart, as they were before, unless told
+    otherwise; where a file has them fused they too are read under the names of single experts.
 
     Args:
         path: directory with model.safetensors, or with model.safetensors.index.json and its files.
@@ -39,6 +60,7 @@ class HFReader:
         self._files: dict[str, Any] = {}
         self._names_in: dict[str, frozenset[str]] = {}
         self._file_of = self._locate()
+        self._parts = self._expert_parts()
 
     def _locate(self) -> dict[str, str]:
         """Tensor name -> file name."""
@@ -77,12 +99,32 @@ class HFReader:
             self._names_in[name] = frozenset(opened.keys())
         return self._files[name]
 
+    def _expert_parts(self) -> dict[str, _ExpertPart]:
+        """Single expert's name -> its part of a fused tensor."""
+        parts = {}
+        for fused in self._file_of:
+            if (match := _FUSED_EXPERTS.match(fused)) is None:
+                continue
+            experts, projections = match[1], _PROJECTIONS[match[2]]
+            shape = self._slice(fused).get_shape()
+            if len(shape) != 3 or shape[1] % len(projections):
+                continue  # it stays what it is: a tensor that no model has
+            rows = shape[1] // len(projections)
+            for expert in range(shape[0]):
+                for i, projection in enumerate(projections):
+                    parts[f"{experts}.{expert}.{projection}.weight"] = _ExpertPart(
+                        fused, expert, i * rows, (rows, shape[2])
+                    )
+        return parts
+
     def names(self) -> frozenset[str]:
-        return frozenset(self._file_of)
+        fused = {part.fused for part in self._parts.values()}
+        return frozenset((self._file_of.keys() - fused) | self._parts.keys())
 
     def where(self, name: str) -> str:
         """The tensor's place, for an error message."""
-        file = self._file_of.get(name, WEIGHTS if WEIGHTS in self._files else INDEX)
+        stored = self._parts[name].fused if name in self._parts else name
+        file = self._file_of.get(stored, WEIGHTS if WEIGHTS in self._files else INDEX)
         return f"{self.path / file}: {name}"
 
     def _slice(self, name: str) -> Any:
@@ -97,10 +139,13 @@ class HFReader:
         return opened.get_slice(name)
 
     def shape(self, name: str) -> Shape:
+        if name in self._parts:
+            return self._parts[name].shape
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        stored = self._slice(name).get_dtype()
+        part = self._parts.get(name)
+        stored = self._slice(part.fused if part else name).get_dtype()
         if stored not in _DTYPES:
             raise CheckpointError(
                 self.where(name),
@@ -113,8 +158,13 @@ class HFReader:
         """Returns a slice of the tensor; None takes the whole dim.
 
         The result is a view of the mapped file, not contiguous where `cols` is given; only what is
-        touched is read from disk. Copy it to keep it.
+        touched is read from disk. It keeps the file mapped, and is lost when the file is changed in
+        place: copy it to keep it or to write to it.
         """
+        if (part := self._parts.get(name)) is not None:
+            start, stop, _ = (rows or slice(None)).indices(part.shape[0])
+            rows = slice(part.first_row + start, part.first_row + stop)
+            return self._slice(part.fused)[part.expert, rows, cols or slice(None)]
         stored = self._slice(name)
         if cols is not None:
             return stored[rows or slice(None), cols]
