@@ -55,6 +55,15 @@ class EvalResult:
     mean_length: float
     truncated_fraction: float
 
+    @classmethod
+    def of(cls, records: Sequence[EvalRecord]) -> EvalResult:
+        return cls(
+            accuracy=sum(r.score for r in records) / len(records),
+            records=tuple(records),
+            mean_length=sum(len(r.response_ids) for r in records) / len(records),
+            truncated_fraction=sum(r.truncated for r in records) / len(records),
+        )
+
 
 def evaluate(
     engine: RolloutEngine,
@@ -81,13 +90,7 @@ def evaluate(
         )
     if greedy:
         params = replace(params, temperature=0.0, n=1)
-    records = tuple(_record(s, reward, tokenizer) for s in engine.generate(prompts, params))
-    return EvalResult(
-        accuracy=sum(r.score for r in records) / len(records),
-        records=records,
-        mean_length=sum(len(r.response_ids) for r in records) / len(records),
-        truncated_fraction=sum(r.truncated for r in records) / len(records),
-    )
+    return EvalResult.of([_record(s, reward, tokenizer) for s in engine.generate(prompts, params)])
 
 
 def _record(sample: Sample, reward: Reward, tokenizer: Decoder) -> EvalRecord:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from megaopd.batch import PackedBatch, Prompt, Sample, SamplingParams
+from megaopd.batch import Prompt, Sample, SamplingParams
 from megaopd.config import Config
+from megaopd.data.packing import Batching
 from megaopd.data.prompts import PromptStream
 from megaopd.errors import NumericError
 from megaopd.evaluation import EvalResult
@@ -58,7 +59,8 @@ class OPDTrainer:
         weight_sync: brings the student's weights to the engine.
         prompts: the stream of training prompts.
         sampling: how to sample; its seed is the run's.
-        make_micro_batches: packs samples into this rank's micro-batches.
+        batching: how the student's ranks share out and pack samples.
+        rank: this rank.
         evaluate_greedy: greedy accuracy of an engine on the held-out prompts; None evaluates
             nothing.
         eval_prompts: the held-out prompts.
@@ -76,7 +78,8 @@ class OPDTrainer:
         weight_sync: WeightSync,
         prompts: PromptStream,
         sampling: SamplingParams,
-        make_micro_batches: Callable[[Sequence[Sample]], list[PackedBatch]],
+        batching: Batching,
+        rank: int,
         evaluate_greedy: Callable[[RolloutEngine], EvalResult] | None,
         eval_prompts: Sequence[Prompt],
         metrics: MetricsWriter,
@@ -86,7 +89,7 @@ class OPDTrainer:
         self.student, self.teacher, self.engine = student, teacher, engine
         self.weight_sync = weight_sync
         self.prompts, self.sampling = prompts, sampling
-        self.make_micro_batches = make_micro_batches
+        self.batching, self.rank = batching, rank
         self.evaluate_greedy, self.eval_prompts = evaluate_greedy, eval_prompts
         self.metrics = metrics
         self.record = record
@@ -119,21 +122,25 @@ class OPDTrainer:
             prompts = self.prompts.next(
                 self.config.train.global_batch_size // self.config.rollout.n
             )
-            samples = self.engine.generate(prompts, self._seeded("train", step))
+            with self.student.off_device():
+                samples = self.engine.generate(prompts, self._seeded("train", step))
         if self.record is not None:
             self.record(step, samples)
         with timer.phase("pack"):
-            micro_batches = self.make_micro_batches(samples)
+            assignment = self.batching.assign(samples)
+            micro_batches = self.batching.micro_batches(samples, assignment, self.rank)
         with timer.phase("teacher"):
-            signals = self.teacher.score(micro_batches)
+            signals = self.teacher.score(samples)
         with timer.phase("student"):
             result = self.student.train_step(micro_batches, signals)
         del signals
         with timer.phase("weight_sync"):
             if not result.skipped:
+                self.teacher.follow(self.student)
                 self.weight_sync.sync(self.student, self.engine, version=step)
 
-        self._log_step(step, samples, result, timer)
+        utilisation = {**self.batching.utilisation(samples, assignment), **self.teacher.metrics}
+        self._log_step(step, samples, result, timer, utilisation)
         self._check_finite(step, samples, result)
         return result
 
@@ -143,11 +150,14 @@ class OPDTrainer:
             return None
         timer = PhaseTimer()
         with timer.phase("eval"):
-            greedy = self.evaluate_greedy(self.engine)
             # The same random numbers at every evaluation: what differs is the student.
-            samples = self.engine.generate(self.eval_prompts, replace(self._seeded("eval", 0), n=1))
-            micro_batches = self.make_micro_batches(samples)
-            result = self.student.evaluate(micro_batches, self.teacher.score(micro_batches))
+            sampling = replace(self._seeded("eval", 0), n=1)
+            with self.student.off_device():
+                greedy = self.evaluate_greedy(self.engine)
+                samples = self.engine.generate(self.eval_prompts, sampling)
+            assignment = self.batching.assign(samples)
+            micro_batches = self.batching.micro_batches(samples, assignment, self.rank)
+            result = self.student.evaluate(micro_batches, self.teacher.score(samples))
         evaluation = Evaluation(greedy, result.metrics["loss/divergence"])
         self.metrics.write(
             step,
@@ -157,6 +167,7 @@ class OPDTrainer:
                 "eval/response_tokens_mean": greedy.mean_length,
                 "eval/truncated_fraction": greedy.truncated_fraction,
                 **timer.metrics(),
+                **timer.peak_memory(),
             },
         )
         return evaluation
@@ -166,7 +177,12 @@ class OPDTrainer:
         return replace(self.sampling, seed=int.from_bytes(digest[:6], "big"))
 
     def _log_step(
-        self, step: int, samples: Sequence[Sample], result: StepResult, timer: PhaseTimer
+        self,
+        step: int,
+        samples: Sequence[Sample],
+        result: StepResult,
+        timer: PhaseTimer,
+        utilisation: Mapping[str, float],
     ) -> None:
         mismatch_kl = result.metrics.get("rollout/mismatch_kl", 0.0)
         self.mismatch_kl_max = max(self.mismatch_kl_max, mismatch_kl)
@@ -182,8 +198,10 @@ class OPDTrainer:
                 "train/loss_tokens": result.num_tokens,
                 "train/skipped": float(result.skipped),
                 "perf/tokens_per_s": num_tokens / timer.total_s,
+                **utilisation,
                 "time/step_s": timer.total_s,
                 **timer.metrics(),
+                **timer.peak_memory(),
             },
         )
 

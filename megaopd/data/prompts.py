@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -36,16 +36,25 @@ class PromptSet:
 
 
 def load_prompts(
-    path: str | Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase
+    path: str | Path,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    teachers: Collection[str] = ("",),
 ) -> PromptSet:
     """Reads a JSONL file of prompts; blank lines are skipped.
 
     A prompt is a string, or a list of ``{"role": ..., "content": ...}`` messages, which goes
-    through the chat template. An answer may be a string or a number.
+    through the chat template; so is the one that the teacher sees, where data.teacher_prompt_column
+    names it. An answer may be a string or a number.
+
+    Args:
+        teachers: the names that the column of teachers may hold; the empty one is that of the
+            run's one `teacher`, where the column is missing.
 
     Raises:
         DataError: a line that is not a JSON object, a missing or wrong column, an empty prompt, an
-            id met before (all with file and line); no file, no prompt, or only overlong ones.
+            id met before, a teacher that there is not (all with file and line); no file, no prompt,
+            or only overlong ones.
     """
     prompts: list[Prompt] = []
     line_of_id: dict[str, int] = {}
@@ -60,9 +69,13 @@ def load_prompts(
                 f"make column {config.id_column!r} unique",
             )
         line_of_id[prompt_id] = number
-        token_ids = _token_ids(row, config, tokenizer, where)
+        token_ids = _token_ids(row, "prompt_column", config, tokenizer, where)
+        teacher_token_ids = None
+        if config.teacher_prompt_column:
+            teacher_token_ids = _token_ids(row, "teacher_prompt_column", config, tokenizer, where)
         answer = row.get(config.answer_column)
-        if len(token_ids) > config.max_prompt_tokens:
+        teacher = _teacher(row, config.teacher_column, teachers, where)
+        if max(len(token_ids), len(teacher_token_ids or ())) > config.max_prompt_tokens:
             num_overlong += 1
             continue
         prompts.append(
@@ -70,6 +83,8 @@ def load_prompts(
                 prompt_id,
                 token_ids,
                 None if answer is None else _scalar(answer, config.answer_column, where),
+                teacher,
+                teacher_token_ids,
             )
         )
     if not line_of_id:
@@ -114,22 +129,42 @@ def _scalar(value: Any, column: str, where: str) -> str:
     return str(value)
 
 
+def _teacher(row: dict[str, Any], column: str, teachers: Collection[str], where: str) -> str:
+    """The teacher that the row is routed to."""
+    name = row.get(column)
+    if name is None:
+        name = ""
+    if not isinstance(name, str) or name not in teachers:
+        known = ", ".join(sorted(repr(t) for t in teachers if t)) or "none"
+        raise DataError(
+            where,
+            f"column {column!r} names the teacher {_excerpt(name)}; there are {known}",
+            "enter it under teachers, or set data.teacher_column",
+        )
+    return name
+
+
 def _token_ids(
-    row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str
+    row: dict[str, Any],
+    key: Literal["prompt_column", "teacher_prompt_column"],
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
 ) -> tuple[int, ...]:
-    column = config.prompt_column
+    """The prompt in the column that the configuration's `key` names."""
+    column = getattr(config, key)
     if column not in row:
         raise DataError(
             where,
             f"no column {column!r}; it has {', '.join(row) or 'none'}",
-            "set data.prompt_column",
+            f"set data.{key}",
         )
     value = row[column]
     if not isinstance(value, str | list):
         found = f"column {column!r} holds {_excerpt(value)}"
         raise DataError(where, found, "write a string or a list of messages")
     if not value or (isinstance(value, str) and not value.strip()):
-        raise DataError(where, "an empty prompt", "remove the line")
+        raise DataError(where, f"an empty prompt in column {column!r}", "remove the line")
     messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
     if isinstance(value, list) or config.chat_template:
         # The template writes the special tokens itself.

@@ -41,11 +41,16 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def check_same_tokenizer(student_path: str | Path, teacher_path: str | Path) -> None:
+def check_same_tokenizer(
+    student_path: str | Path, teacher_path: str | Path, where: str = "teacher.path"
+) -> None:
     """Checks that a token id means the same to student and teacher.
 
     Rows beyond the end of the other's vocabulary are fine as long as they are placeholders
     (``<|extra_0|>``, ``[PAD151669]``): that is padding, and no text ever produces them.
+
+    Args:
+        where: the key of the teacher's path.
 
     Raises:
         ConfigError: names the first id that differs, with both tokens.
@@ -62,7 +67,7 @@ def check_same_tokenizer(student_path: str | Path, teacher_path: str | Path) -> 
         if surplus is not None and token_id > shared_end and _PLACEHOLDER.search(surplus):
             continue
         raise ConfigError(
-            "teacher.path",
+            where,
             f"the tokenizers differ, first at id {token_id}: {_quote(ours)} in the student's, "
             f"{_quote(theirs)} in the teacher's",
             "choose a teacher with the student's tokenizer",

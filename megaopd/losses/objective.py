@@ -43,8 +43,6 @@ class DivergenceObjective:
         vocab_size: true vocabulary size; padded entries have probability and gradient 0.
         rollout_temperature: temperature of the sampler's log-probs, for the mismatch metrics.
         tp_group: the student's tensor-parallel group; None is a group of one.
-        fused: whether logits exist chunk by chunk only. Otherwise all of them are made first,
-            [T, V / tp_size] for both models and the gradient: the yardstick of the fused form.
     """
 
     def __init__(
@@ -53,10 +51,8 @@ class DivergenceObjective:
         vocab_size: int,
         rollout_temperature: float,
         tp_group: dist.ProcessGroup | None,
-        fused: bool = True,
     ) -> None:
         self.config = config
-        self.fused = fused
         self.vocab_size = vocab_size
         self.rollout_temperature = rollout_temperature
         self.tp_group = tp_group
@@ -66,18 +62,21 @@ class DivergenceObjective:
     ) -> ObjectiveOutput:
         """Every tensor-parallel rank calls it and holds the same result.
 
+        Only the loss tokens' rows go into the divergence; the others have no gradient.
+
         Args:
             hidden_TH: the student's hidden states [T, H], equal on the ranks of tp_group.
             head_VH: this rank's rows of the student's LM head.
         """
         c = self.config
-        mask = batch.loss_mask_T
-        form = linear_divergence if self.fused else _unfused_divergence
+        rows_L = batch.loss_mask_T.nonzero()[:, 0]
+        weights_L = batch.token_weights_T[rows_L]
+        form = linear_divergence if c.fused else _unfused_divergence
         out = form(
-            hidden_TH,
+            hidden_TH[rows_L],
             head_VH,
-            signal.hidden_TH,
-            signal.head_VH,
+            signal.hidden_LH.to(hidden_TH.device, non_blocking=True),
+            signal.head.shard(),
             kind=c.kind,
             beta=c.beta,
             alpha=c.alpha,
@@ -86,17 +85,17 @@ class DivergenceObjective:
             tp_group=self.tp_group,
             chunk_tokens=c.chunk_tokens,
             backend=c.backend,
-            labels_T=batch.labels_T,
+            labels_T=batch.labels_T[rows_L],
             logprob_temperature=self.rollout_temperature,
-            weights_T=batch.token_weights_T * mask,
+            weights_T=weights_L,
         )
-        scored = mask & (batch.token_weights_T != 0)
+        scored = weights_L != 0
 
         assert out.loss_sum is not None  # weights were given
         assert out.student_logprobs_T is not None  # labels were given
         # The engine sampled the tokens, so expm1(d) - d with d = log p_trainer - log p_engine is an
         # unbiased, non-negative estimate of KL(engine || trainer) (k3, joschu.net/blog/kl-approx).
-        delta = torch.where(scored, out.student_logprobs_T - batch.rollout_logprobs_T, 0.0)
+        delta = torch.where(scored, out.student_logprobs_T - batch.rollout_logprobs_T[rows_L], 0.0)
         sums = {
             "loss/divergence": _masked_sum(out.loss_T, scored),
             "student/entropy": _masked_sum(out.student_entropy_T, scored),
@@ -106,15 +105,15 @@ class DivergenceObjective:
         mismatch_max = delta.abs().max() if delta.numel() else delta.new_zeros(())
         return ObjectiveOutput(
             loss_sum=out.loss_sum,
-            num_tokens=mask.sum().to(torch.int32),
+            num_tokens=batch.loss_mask_T.sum().to(torch.int32),
             num_scored=scored.sum().to(torch.int32),
             sums=sums,
             mismatch_max=mismatch_max.float(),
         )
 
 
-def _masked_sum(values_T: Tensor, mask_T: Tensor) -> Tensor:
-    return torch.where(mask_T, values_T.detach(), 0.0).sum()
+def _masked_sum(values_L: Tensor, mask_L: Tensor) -> Tensor:
+    return torch.where(mask_L, values_L.detach(), 0.0).sum()
 
 
 class _SumGradient(torch.autograd.Function):
@@ -134,15 +133,15 @@ class _SumGradient(torch.autograd.Function):
 
 
 def _unfused_divergence(
-    hidden_TH: Tensor,
+    hidden_LH: Tensor,
     head_VH: Tensor,
-    teacher_hidden_TH: Tensor,
+    teacher_hidden_LH: Tensor,
     teacher_head_VH: Tensor,
     *,
     weights_T: Tensor,
     **options: Any,
 ) -> DivergenceOutput:
     """`linear_divergence` with token weights, by way of whole logits and autograd."""
-    logits_TV = _SumGradient.apply(hidden_TH, options["tp_group"]) @ head_VH.t()
-    out = divergence(logits_TV, teacher_hidden_TH @ teacher_head_VH.t(), **options)
+    logits_LV = _SumGradient.apply(hidden_LH, options["tp_group"]) @ head_VH.t()
+    out = divergence(logits_LV, teacher_hidden_LH @ teacher_head_VH.t(), **options)
     return replace(out, loss_sum=(out.loss_T * weights_T).sum())

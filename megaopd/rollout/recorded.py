@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,8 @@ class RecordedEngine:
         if len(samples) != len(wanted):
             found = f"{len(samples)} samples are recorded where {len(wanted)} are asked for"
             raise RolloutError(where, found, remedy)
-        return samples
+        # The prompts of this run say which teacher answers them, and what it is shown.
+        return [replace(s, prompt=p) for (p, _), s in zip(wanted, samples, strict=True)]
 
     def _read_lines(self) -> Iterator[tuple[int, bytes]]:
         with self._path.open("rb") as file:
@@ -120,6 +121,8 @@ class RecordedEngine:
 
 def _sample(fields: dict[str, Any]) -> Sample:
     prompt = dict(fields["prompt"])
-    prompt["token_ids"] = tuple(prompt["token_ids"])
+    for key in ("token_ids", "teacher_token_ids"):
+        if prompt.get(key) is not None:
+            prompt[key] = tuple(prompt[key])
     tuples = {k: tuple(fields[k]) for k in ("response_ids", "response_logprobs", "response_mask")}
     return Sample(**{**fields, **tuples, "prompt": Prompt(**prompt)})

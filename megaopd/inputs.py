@@ -1,0 +1,95 @@
+"""What a run reads and checks before it touches a device: models, tokenizers, prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megaopd.batch import Prompt, SamplingParams
+from megaopd.config import Config, TeacherConfig, validate_models
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from megaopd.models.arch import ModelArch
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads before it touches a device.
+
+    Attributes:
+        teacher_archs: by the name that `Prompt.teacher` holds; the empty one is `teacher`'s.
+    """
+
+    student_arch: ModelArch
+    teacher_archs: Mapping[str, ModelArch]
+    tokenizer: PreTrainedTokenizerBase
+    train_prompts: tuple[Prompt, ...]
+    eval_prompts: tuple[Prompt, ...]
+    num_overlong: int
+    sampling: SamplingParams
+
+    @property
+    def vocab_size(self) -> int:
+        """Of all models together: ids that only some know are in nobody's vocabulary."""
+        archs = (self.student_arch, *self.teacher_archs.values())
+        return min(arch.vocab_size for arch in archs)
+
+
+def teacher_configs(config: Config) -> dict[str, TeacherConfig]:
+    """All teachers of a run, by the name that `Prompt.teacher` holds."""
+    return {"": config.teacher, **config.teachers}
+
+
+def read_inputs(config: Config) -> Inputs:
+    """Reads and checks models, tokenizers and prompts; no device, no process group.
+
+    Raises:
+        MegaOPDError: whatever is wrong with them, in one line.
+    """
+    from megaopd.data.prompts import load_prompts
+    from megaopd.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_token_ids
+    from megaopd.models.arch import read_arch
+    from megaopd.models.freeze import check_freeze
+    from megaopd.models.hf_io import HFReader, check_weights
+    from megaopd.rollout.recorded import RecordedEngine
+
+    student = config.student.path
+    # A teacher without a checkpoint has the student's weights.
+    paths = {name: t.path or student for name, t in teacher_configs(config).items()}
+    student_arch = read_arch(student)
+    teacher_archs = {name: read_arch(path) for name, path in paths.items()}
+    named = {name: arch for name, arch in teacher_archs.items() if name}
+    validate_models(config, student_arch, teacher_archs[""], named)
+    check_freeze(student_arch, config.student.freeze)
+    if config.rollout.kind == "recorded":
+        RecordedEngine(config.rollout.path)  # says now if the file is not there
+    archs = {student: student_arch, **{paths[name]: arch for name, arch in teacher_archs.items()}}
+    for path, arch in archs.items():
+        check_weights(HFReader(path), arch)
+    tokenizer = load_tokenizer(student)
+    for name, path in paths.items():
+        check_same_tokenizer(student, path, f"teachers.{name}.path" if name else "teacher.path")
+    train_set = load_prompts(config.data.train, config.data, tokenizer, paths)
+    eval_prompts: tuple[Prompt, ...] = ()
+    if config.data.eval:
+        eval_prompts = load_prompts(config.data.eval, config.data, tokenizer, paths).prompts
+    rollout = config.rollout
+    return Inputs(
+        student_arch,
+        teacher_archs,
+        tokenizer,
+        train_set.prompts,
+        eval_prompts[: config.eval.num_prompts or None],
+        train_set.num_overlong,
+        SamplingParams(
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            n=rollout.n,
+            stop_token_ids=stop_token_ids(tokenizer, student, rollout.stop),
+        ),
+    )

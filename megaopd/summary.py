@@ -1,0 +1,103 @@
+"""What a run leaves behind for people: summary.json, evaluated answers, report.html."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megaopd.config import Config
+
+if TYPE_CHECKING:
+    from megaopd.evaluation import EvalResult
+    from megaopd.inputs import Inputs
+    from megaopd.trainer import Evaluation, FitResult
+
+
+def summarise(
+    config: Config,
+    inputs: Inputs,
+    result: FitResult,
+    teacher: EvalResult | None,
+    hf_export: str | None,
+    data_parallel_size: int,
+) -> dict[str, Any]:
+    """What summary.json holds.
+
+    Args:
+        teacher: the teacher's own greedy accuracy, where it was measured.
+        hf_export: the directory of the exported student, if there is one.
+    """
+    before, after = result.before, result.after
+    summary: dict[str, Any] = {
+        "task": config.data.name,
+        "seed": config.run.seed,
+        "teacher_accuracy": teacher.accuracy if teacher else None,
+        "student_accuracy_before": before.greedy.accuracy if before else None,
+        "student_accuracy_after": after.greedy.accuracy if after else None,
+        "lead_recovered": None,
+        "reverse_kl_before": before.reverse_kl if before else None,
+        "reverse_kl_after": after.reverse_kl if after else None,
+        "num_eval_prompts": len(inputs.eval_prompts),
+        "num_overlong_prompts": inputs.num_overlong,
+        "num_steps": result.num_steps,
+        "train_wall_s": round(result.train_wall_s, 2),
+        "tensor_parallel_size": config.parallel.tensor,
+        "data_parallel_size": data_parallel_size,
+        "student_layers": inputs.student_arch.num_layers,
+        "mismatch_kl_max": result.mismatch_kl_max,
+        "hf_export": hf_export,
+        "max_new_tokens": config.rollout.max_new_tokens,
+        "stop_token_ids": list(inputs.sampling.stop_token_ids),
+    }
+    if teacher and before and after and teacher.accuracy > before.greedy.accuracy:
+        summary["lead_recovered"] = (after.greedy.accuracy - before.greedy.accuracy) / (
+            teacher.accuracy - before.greedy.accuracy
+        )
+    return summary
+
+
+def write_results(
+    config: Config, inputs: Inputs, summary: dict[str, Any], result: FitResult
+) -> None:
+    """summary.json, the answers of the evaluations, report.html, and the summary on the console."""
+    from megaopd.report import write_report
+
+    run_dir = Path(config.run.dir)
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    prompt_ids = {p.prompt_id: p.token_ids for p in inputs.eval_prompts}
+    for name, evaluation in (("before", result.before), ("after", result.after)):
+        if evaluation:
+            rows = (
+                {**asdict(r), "prompt_ids": prompt_ids[r.prompt_id]}
+                for r in evaluation.greedy.records
+            )
+            (run_dir / f"eval_{name}.jsonl").write_text(
+                "".join(f"{json.dumps(row)}\n" for row in rows)
+            )
+    report = write_report(
+        run_dir, summary, _report_samples(result.before, result.after, config.log)
+    )
+    for key, value in summary.items():
+        print(f"{key:>26}  {value}")
+    print(f"{'report':>26}  {report}")
+
+
+def _report_samples(
+    before: Evaluation | None, after: Evaluation | None, log: Any
+) -> list[dict[str, Any]]:
+    if not before or not after:
+        return []
+    pairs = zip(before.greedy.records, after.greedy.records, strict=True)
+    return [
+        {
+            "prompt": old.prompt_text,
+            "answer": old.answer,
+            "before": old.response_text,
+            "after": new.response_text,
+            "before_correct": old.correct,
+            "after_correct": new.correct,
+        }
+        for old, new in list(pairs)[: log.num_report_samples]
+    ]
