@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 
 from megaopd.config import Config
 from megaopd.errors import DataError, EnvironmentFault
 from megaopd.logger import Progress, get_logger
+from megaopd.memory import take_peak
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -207,28 +209,41 @@ class _WeightsAndBiases:
 
 
 class PhaseTimer:
-    """Adds up the wall-clock time of the phases of one step, from the moment it is made.
+    """Adds up the wall-clock time of the phases of one step, from the moment it is made, and takes
+    the peak of memory in each.
 
     Where CUDA is in use the clock is read after the device is done, so that queued work counts for
     the phase that queued it.
 
     Args:
         clock: seconds that only increase.
+        take_peak: the peak of memory in bytes since its last call, None where nobody knows.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        take_peak: Callable[[], int | None] = take_peak,
+    ) -> None:
+        self._clock, self._take_peak = clock, take_peak
         self._started = self._now()
         self._seconds: dict[str, float] = {}
+        self._peaks: dict[str, int] = {}
+        self._open: list[str] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Times the block as part of phase `name`; of nested phases each counts all of its time."""
+        """Measures the block as part of phase `name`; of nested phases each counts all of its time
+        and memory."""
+        self._add_peak()
+        self._open.append(name)
         started = self._now()
         try:
             yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - started
+            self._add_peak()
+            self._open.pop()
 
     @property
     def total_s(self) -> float:
@@ -238,6 +253,26 @@ class PhaseTimer:
     def metrics(self) -> dict[str, float]:
         """``time/<phase>_s`` -> seconds, for every phase so far."""
         return {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
+
+    def peak_memory(self) -> dict[str, float]:
+        """``memory/<phase>_peak_gib`` -> GiB, the largest of any rank, for every phase so far.
+
+        Collective where processes are joined: every rank calls it after the same phases.
+        """
+        peaks = torch.tensor(list(self._peaks.values()), dtype=torch.float64)
+        if dist.is_initialized():
+            dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
+        return {
+            f"memory/{name}_peak_gib": peak / 2**30
+            for name, peak in zip(self._peaks, peaks.tolist(), strict=True)
+            if peak
+        }
+
+    def _add_peak(self) -> None:
+        """Counts the peak since the last call for every phase under way."""
+        peak = self._take_peak() or 0
+        for name in self._open:
+            self._peaks[name] = max(self._peaks.get(name, 0), peak)
 
     def _now(self) -> float:
         if torch.cuda.is_initialized():

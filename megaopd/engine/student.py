@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -19,11 +20,18 @@ from torch import Tensor
 from megaopd.batch import HiddenSignal, PackedBatch
 from megaopd.config import Config, LossConfig
 from megaopd.engine import schedule
+from megaopd.engine.offload import (
+    HostOffload,
+    gradients,
+    optimizer_tensors,
+    parameters,
+)
 from megaopd.engine.optimizer import build_optimizer, build_scheduler
 from megaopd.losses.objective import DivergenceObjective, ObjectiveOutput
 from megaopd.models import weights
 from megaopd.models.arch import ModelArch
-from megaopd.models.build import build_model
+from megaopd.models.build import HiddenGPTModel, build_model
+from megaopd.models.moe import weigh_aux_loss
 from megaopd.parallel.groups import ParallelGroups
 from megaopd.protocols import StepResult
 
@@ -49,25 +57,36 @@ class MegatronStudent:
     ) -> None:
         self.arch, self.groups = arch, groups
         self.frozen = config.student.freeze
-        model = build_model(arch, config.parallel, groups, config.student.dtype, vocab_rows)
-        weights.load_weights(model, arch, config.student.path)
-        weights.freeze(model, arch, self.frozen)
-        self.model = model
-        self.ddp = DistributedDataParallel(
-            model.config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                use_distributed_optimizer=True,
-                overlap_grad_reduce=False,
-                # A non-finite gradient is agreed on and skipped here, not raised there.
-                check_for_nan_in_grad=False,
-            ),
-            model,
+        self.router_aux_loss_coef = config.student.router_aux_loss_coef
+        self.chunks = build_model(
+            arch,
+            groups.parallel,
+            groups,
+            config.student.dtype,
+            vocab_rows,
+            recompute=config.train.recompute,
+            router_aux_loss_coef=config.student.router_aux_loss_coef,
         )
+        weights.load_weights(self.chunks, arch, config.student.path)
+        weights.freeze(self.chunks, arch, self.frozen)
+        self.ddp = _data_parallel(self.chunks, groups)
         self.optimizer = build_optimizer(config.optimizer, config.student.dtype, self.ddp, groups)
         self.scheduler = build_scheduler(config.optimizer, self.optimizer, config.train.num_steps)
-        model.config.finalize_model_grads_func = finalize_model_grads
-        model.config.grad_scale_func = self.optimizer.scale_loss
+        model_config = self.chunks[0].config  # all chunks' one
+        model_config.finalize_model_grads_func = finalize_model_grads
+        model_config.grad_scale_func = self.optimizer.scale_loss
+        offload = config.train.offload
+        self.weights = HostOffload(
+            groups.device, moved=lambda: parameters(self.chunks), enabled=offload
+        )
+        self.weights.guard(self.chunks)
+        self.training_state = HostOffload(
+            groups.device,
+            moved=lambda: optimizer_tensors(self.optimizer, self.chunks),
+            dropped=lambda: gradients(self.ddp),
+            enabled=offload,
+        )
+        self.training_state.to_host()
 
         temperature = config.rollout.temperature or 1.0
         self.objective = DivergenceObjective(config.loss, vocab_size, temperature, groups.tp)
@@ -83,30 +102,45 @@ class MegatronStudent:
             groups.tp,
         )
 
+    @property
+    def head(self) -> Tensor:
+        """This rank's rows of the LM head; last stage only."""
+        return self.chunks[-1].head
+
     def train_step(
         self, micro_batches: Sequence[PackedBatch], signals: Sequence[HiddenSignal]
     ) -> StepResult:
         """One optimizer step on the global batch; skipped where a loss or gradient is not
         finite."""
-        self.ddp.train()
-        self.ddp.zero_grad_buffer()
+        with self.training_state.on_device():
+            return self._train_step(micro_batches, signals)
+
+    def _train_step(
+        self, micro_batches: Sequence[PackedBatch], signals: Sequence[HiddenSignal]
+    ) -> StepResult:
+        for chunk in self.ddp:
+            chunk.train()
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        if self.router_aux_loss_coef > 0:
+            weigh_aux_loss(self.chunks, self.router_aux_loss_coef, micro_batches, self.groups)
 
         def loss(
             index: int, batch: PackedBatch, hidden: Tensor
         ) -> tuple[Tensor, Tensor, ObjectiveOutput]:
-            out = self.objective(hidden, self.model.head, batch, signals[index])
+            out = self.objective(hidden, self.head, batch, signals[index])
             return out.loss_sum, out.num_tokens, _detached(out)
 
         outputs = schedule.forward_backward(self.ddp, micro_batches, self.groups, loss)
         metrics, num_tokens, bad_ids = self._reduce(outputs, micro_batches)
 
-        self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
-        skipped = bool(bad_ids) or not self._all_agree(math.isfinite(grad_norm))
-        if not skipped:
-            self.scheduler.step(1)
-            self.optimizer.step()
+        with self.groups.active():
+            self.optimizer.prepare_grads()
+            grad_norm = float(self.optimizer.get_grad_norm())  # of all ranks' parameters
+            skipped = bool(bad_ids) or not self._all_agree(math.isfinite(grad_norm))
+            if not skipped:
+                self.scheduler.step(1)
+                self.optimizer.step()
         metrics["train/grad_norm"] = grad_norm
         metrics["train/lr"] = float(self.optimizer.param_groups[0]["lr"])
         return StepResult(metrics, num_tokens, skipped, bad_ids)
@@ -115,10 +149,11 @@ class MegatronStudent:
         self, micro_batches: Sequence[PackedBatch], signals: Sequence[HiddenSignal]
     ) -> StepResult:
         """Reverse KL and entropies on samples, without a gradient or an update."""
-        self.ddp.eval()
+        for chunk in self.ddp:
+            chunk.eval()
 
         def collect(index: int, batch: PackedBatch, hidden: Tensor) -> ObjectiveOutput:
-            return self.reverse_kl(hidden, self.model.head.detach(), batch, signals[index])
+            return self.reverse_kl(hidden, self.head.detach(), batch, signals[index])
 
         outputs = schedule.forward_only(self.ddp, micro_batches, self.groups, collect)
         metrics, num_tokens, bad_ids = self._reduce(outputs, micro_batches)
@@ -127,7 +162,17 @@ class MegatronStudent:
     def export_weights(self, only_trainable: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yields (Hugging Face name, full tensor) on every rank, one parameter at a time."""
         frozen = self.frozen if only_trainable else ()
-        return weights.export_weights(self.model, self.arch, self.groups, frozen)
+        with self.weights.on_device():
+            yield from weights.export_weights(self.chunks, self.arch, self.groups, frozen)
+
+    def weight_shards(self) -> Mapping[str, Tensor]:
+        """This rank's shards of all weights, frozen ones too, by canonical global name; views."""
+        params = weights.named_parameters(self.chunks, self.arch)
+        return {name: param.detach() for name, param in params.items()}
+
+    def off_device(self) -> AbstractContextManager[None]:
+        """With `train.offload` the weights are in host memory inside the block."""
+        return self.weights.off_device()
 
     def _all_agree(self, ok: bool) -> bool:
         flag = torch.tensor(float(ok), device=self.groups.device)
@@ -137,39 +182,82 @@ class MegatronStudent:
     def _reduce(
         self, outputs: list[ObjectiveOutput], micro_batches: Sequence[PackedBatch]
     ) -> tuple[dict[str, float], int, tuple[str, ...]]:
-        """Sums the micro-batches over the data-parallel ranks; every rank gets the same answer.
+        """Sums the micro-batches over the ranks that hold different tokens (data- and
+        context-parallel); every rank gets the same answer.
+
+        Two small tensors are reduced on the last stage, which alone has outputs. Names travel only
+        to other stages, and sample ids only where a loss is not finite.
 
         Returns:
             (metric means over the loss tokens, number of loss tokens, ids of non-finite samples).
         """
-        mine: dict[str, Any] | None = None
-        if self.groups.is_last_stage and self.groups.tp.rank() == 0:
-            bad = [
-                sample_id
-                for out, batch in zip(outputs, micro_batches, strict=True)
-                if not math.isfinite(float(out.loss_sum))
-                for sample_id in batch.sample_ids
-            ]
-            names = sorted({name for out in outputs for name in out.sums})
-            mine = {
-                "sums": {n: sum(float(out.sums[n].double()) for out in outputs) for n in names},
-                "num_tokens": sum(int(out.num_tokens) for out in outputs),
-                "num_scored": sum(int(out.num_scored) for out in outputs),
-                "mismatch_max": max((float(out.mismatch_max) for out in outputs), default=0.0),
-                "bad": bad,
-            }
-        gathered: list[dict[str, Any] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, mine)
-        parts = [part for part in gathered if part is not None]
-        num_tokens = sum(part["num_tokens"] for part in parts)
-        num_scored = sum(part["num_scored"] for part in parts)
-        metrics: dict[str, float] = {}
-        for part in parts:
-            for name, value in part["sums"].items():
-                metrics[name] = metrics.get(name, 0.0) + value / max(num_scored, 1)
-        metrics["rollout/mismatch_max"] = max(part["mismatch_max"] for part in parts)
-        bad_ids = tuple(sample_id for part in parts for sample_id in part["bad"])
+        groups = self.groups
+        answer: list[Any] = [None]
+        if groups.is_last_stage:
+            answer[0] = _sum_outputs(outputs, micro_batches, groups)
+        if groups.pp.size() > 1:
+            last = groups.pp.size() - 1
+            dist.broadcast_object_list(
+                answer, group=groups.pp, group_src=last, device=groups.device
+            )
+        metrics, num_tokens, bad_ids = answer[0]
         return metrics, num_tokens, bad_ids
+
+
+def _data_parallel(
+    chunks: Sequence[HiddenGPTModel], groups: ParallelGroups
+) -> list[DistributedDataParallel]:
+    """Every chunk with its gradient buffers, which are summed over the ranks that hold the same
+    weights."""
+    options = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=False,
+        # A non-finite gradient is agreed on and skipped by the student, not raised there.
+        check_for_nan_in_grad=False,
+    )
+    with groups.active():
+        return [
+            DistributedDataParallel(c.config, options, c, pg_collection=groups.collection)
+            for c in chunks
+        ]
+
+
+def _sum_outputs(
+    outputs: Sequence[ObjectiveOutput],
+    micro_batches: Sequence[PackedBatch],
+    groups: ParallelGroups,
+) -> tuple[dict[str, float], int, tuple[str, ...]]:
+    """`MegatronStudent._reduce` on the last stage; collective over the ranks that hold the same
+    weights, of which each tensor-parallel rank has its own, equal set."""
+    names = sorted({name for out in outputs for name in out.sums})  # the same on every rank
+    by_batch = torch.zeros(len(outputs), len(names) + 3, dtype=torch.float64, device=groups.device)
+    largest = torch.zeros((), dtype=torch.float64, device=groups.device)
+    for row, out in zip(by_batch, outputs, strict=True):
+        sums = [out.sums[name] for name in names]
+        bad = ~torch.isfinite(out.loss_sum)
+        row.copy_(torch.stack([x.double() for x in (*sums, out.num_tokens, out.num_scored, bad)]))
+        largest = torch.maximum(largest, out.mismatch_max.double())
+    total = by_batch.sum(0)
+    dist.all_reduce(total, group=groups.dp_cp)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=groups.dp_cp)
+    *totals, num_tokens, num_scored, num_bad = total.tolist()
+
+    metrics = {n: value / max(num_scored, 1) for n, value in zip(names, totals, strict=True)}
+    metrics["rollout/mismatch_max"] = float(largest)
+    bad_ids: tuple[str, ...] = ()
+    if num_bad:
+        mine = [
+            sample_id
+            for flag, batch in zip(by_batch[:, -1].tolist(), micro_batches, strict=True)
+            if flag
+            for sample_id in batch.sample_ids
+        ]
+        parts: list[Any] = [None] * groups.dp_cp.size()
+        dist.all_gather_object(parts, mine, group=groups.dp_cp)
+        # Context-parallel ranks hold parts of the same samples.
+        bad_ids = tuple(dict.fromkeys(sample_id for part in parts for sample_id in part))
+    return metrics, int(num_tokens), bad_ids
 
 
 def _detached(out: ObjectiveOutput) -> ObjectiveOutput:
