@@ -5,6 +5,7 @@ Both take the same micro-batches, several chunks each, accumulated into main_gra
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ HEAD_OR_EMBEDDING = ("output_layer.weight", "embedding.word_embeddings.weight")
 
 
 def _step(bench: Workbench, head: str, kind: str, fused: bool) -> dict[str, Any]:
-    student = bench.student(head, loss=LossConfig(kind=kind, chunk_tokens=4, beta=0.3))
-    assert student.objective.fused  # the default
-    student.objective.fused = fused
+    loss = LossConfig(kind=kind, chunk_tokens=4, beta=0.3)
+    assert loss.fused  # the default
+    student = bench.student(head, loss=replace(loss, fused=fused))
     before = exported(student)
     result = student.train_step(bench.micro_batches, bench.signals(head))
     after = exported(student)

@@ -1,7 +1,9 @@
-"""A model under tensor and pipeline parallelism: its logits, and its way back to Hugging Face."""
+"""A model under tensor, pipeline and expert parallelism: its logits, and its way back to Hugging
+Face."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +23,12 @@ from tests.helpers.tiny_models import ROPE_VARIANTS, TP3_CONFIG, make_tiny_model
 
 SMOLLM2 = Path(__file__).resolve().parents[2] / ".cache/demo/teacher"
 TOLERANCE = 1e-4
+MOE = "Qwen3MoeForCausalLM"
 
 
-def _samples(vocab_size: int) -> list[Sample]:
+def _samples(vocab_size: int, seed: int) -> list[Sample]:
     """Three sequences of 9, 5 and 12 tokens."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     samples = []
     for i, length in enumerate((9, 5, 12)):
         ids = tuple(torch.randint(0, vocab_size, (length,), generator=generator).tolist())
@@ -43,6 +46,13 @@ class Case:
 
     path: str
     parallel: ParallelConfig
+
+    @property
+    def world_size(self) -> int:
+        """The smallest; data-parallel ranks get different samples."""
+        p = self.parallel
+        dense = p.tensor * p.pipeline
+        return math.lcm(dense, p.pipeline * p.expert * (p.expert_tensor or p.tensor))
 
 
 @dataclass(frozen=True)
@@ -63,19 +73,27 @@ def _check_model(case: Case) -> Outcome:
     """Logits against transformers, and the export against the files, bit by bit."""
     from megaopd.engine.schedule import forward_only
     from megaopd.models import weights
-    from megaopd.models.build import build_model, padded_vocab_size
+    from megaopd.models.build import build_model
+    from megaopd.models.mapping import padded_vocab_size
     from megaopd.parallel import groups as parallel_groups
 
     parallel, path = case.parallel, case.path
     groups = parallel_groups.initialize(parallel, torch.device("cpu"), seed=1)
     arch = read_arch(path)
     rows = padded_vocab_size(arch.vocab_size, parallel.tensor)
-    model = build_model(arch, parallel, groups, "fp32", rows)
-    weights.load_weights(model, arch, path)
+    chunks = build_model(arch, parallel, groups, "fp32", rows)
+    weights.load_weights(chunks, arch, path)
+    for chunk in chunks:
+        chunk.eval()
 
-    samples = _samples(arch.vocab_size)
+    samples = _samples(arch.vocab_size, seed=3 + groups.dp.rank())
     batch = pack(samples, pad_to_multiple=parallel.tensor)
-    collected = forward_only(model, [batch], groups, lambda i, b, hidden: hidden @ model.head.T)
+    collected = forward_only(
+        chunks,
+        [batch] * parallel.pipeline,
+        groups,
+        lambda i, b, hidden: hidden @ chunks[-1].head.T,
+    )
     difference = magnitude = None
     if groups.is_last_stage:
         shards = [torch.empty_like(collected[0]) for _ in range(parallel.tensor)]
@@ -86,7 +104,7 @@ def _check_model(case: Case) -> Outcome:
         magnitude = theirs.abs().max().item()
 
     reader, unequal, names = HFReader(path), [], set()
-    for name, exported in weights.export_weights(model, arch, groups):
+    for name, exported in weights.export_weights(chunks, arch, groups):
         names.add(name)
         if not torch.equal(exported, reader.read(name)):
             unequal.append(name)
@@ -104,13 +122,13 @@ def _transformers_logits(path: str, samples: list[Sample]) -> torch.Tensor:
 
 
 def _run(cases: list[Case]) -> None:
-    world_size = cases[0].parallel.tensor * cases[0].parallel.pipeline
-    by_rank = run_distributed(_check_models, world_size, cases, timeout_s=180)
+    (world_size,) = {case.world_size for case in cases}
+    by_rank = run_distributed(_check_models, world_size, cases, timeout_s=240)
     for i, case in enumerate(cases):
         outcomes = [outcomes[i] for outcomes in by_rank]
         assert all(not o.unequal for o in outcomes), (case, outcomes[0].unequal)
         with_logits = [o for o in outcomes if o.difference is not None]
-        assert len(with_logits) == case.parallel.tensor
+        assert len(with_logits) == world_size // case.parallel.pipeline
         for outcome in with_logits:
             assert outcome.difference < TOLERANCE, case
             assert outcome.magnitude > 1.0  # random or zero weights would not get here
@@ -143,13 +161,64 @@ def test_two_ranks(tmp_path):
                 Case(str(path), ParallelConfig(tensor=2)),
                 Case(str(path), ParallelConfig(tensor=2, sequence_parallel=True)),
                 Case(str(path), ParallelConfig(pipeline=2)),
+                Case(str(path), ParallelConfig(pipeline=2, virtual_pipeline=2)),
             ]
     _run(cases)
 
 
+MIXTURES = {
+    "normalised": {"norm_topk_prob": True},
+    "not_normalised": {"norm_topk_prob": False},
+    "some_layers": {"mlp_only_layers": [0, 3]},
+    "one_expert": {"norm_topk_prob": False, "num_experts_per_tok": 1},
+}
+
+
+def _mixtures(folder: Path, layouts: list[ParallelConfig]) -> list[Case]:
+    cases = []
+    for name, fields in MIXTURES.items():
+        path = make_tiny_model(folder / name, MOE, vocab_size=509, **fields)
+        cases += [Case(str(path), parallel) for parallel in layouts]
+    return cases
+
+
+def test_mixtures_on_one_rank(tmp_path):
+    _run(_mixtures(tmp_path, [ParallelConfig()]))
+
+
+def test_mixtures_on_two_ranks(tmp_path):
+    layouts = [
+        ParallelConfig(expert=2),
+        ParallelConfig(tensor=2),
+        ParallelConfig(tensor=2, expert=2, expert_tensor=1, sequence_parallel=True),
+        ParallelConfig(pipeline=2, virtual_pipeline=2),
+    ]
+    _run(_mixtures(tmp_path, layouts))
+
+
+def test_mixtures_on_four_ranks(tmp_path):
+    layouts = [
+        ParallelConfig(tensor=2, expert=2, sequence_parallel=True),
+        ParallelConfig(expert=2, expert_tensor=2),
+        ParallelConfig(pipeline=2, expert=2, layers_per_stage=(1, 3)),
+    ]
+    _run(_mixtures(tmp_path, layouts))
+
+
+def test_fused_experts(tmp_path):
+    """As transformers 5 saves them with save_original_format=False."""
+    path = make_tiny_model(tmp_path / "apart", MOE, vocab_size=509)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    _run([Case(str(tmp_path / "fused"), ParallelConfig(expert=2, expert_tensor=1))])
+
+
 def test_three_ranks(tmp_path):
-    path = make_tiny_model(tmp_path, "LlamaForCausalLM", **TP3_CONFIG)
-    _run([Case(str(path), ParallelConfig(tensor=3))])
+    cases = []
+    for family in ("LlamaForCausalLM", MOE):
+        path = make_tiny_model(tmp_path / family, family, **TP3_CONFIG)
+        cases.append(Case(str(path), ParallelConfig(tensor=3)))
+    _run(cases)
 
 
 @pytest.mark.slow

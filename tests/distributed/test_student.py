@@ -25,8 +25,8 @@ from megaopd.models.families import param_mappings
 from megaopd.models.mapping import Replicated
 from tests.distributed.workbench import (
     FAMILIES_BY_HEAD,
-    MICRO_BATCHES,
     NUM_LOSS_TOKENS,
+    SAMPLES,
     Gradients,
     Workbench,
     exported,
@@ -71,7 +71,7 @@ def _non_finite_gradient(bench: Workbench) -> dict[str, Any]:
 
     student = bench.student("untied")
     before = exported(student)
-    params = weights.named_parameters(student.model, student.arch)
+    params = weights.named_parameters(student.chunks, student.arch)
     results, unchanged = [], []
     for name in BAD_PARAMETERS:
         handle = None
@@ -123,10 +123,10 @@ def _losses(bench: Workbench, dtype: str) -> dict[str, Any]:
     main = [p for group in student.optimizer.param_groups for p in group["params"]]
     return {
         "losses": losses,
-        "model_dtypes": {p.dtype for p in student.model.parameters()},
+        "model_dtypes": {p.dtype for p in student.chunks[0].parameters()},
         "main_dtypes": {p.dtype for p in main},
         "num_main": sum(p.numel() for p in main),
-        "num_model": sum(p.numel() for p in student.model.parameters()),
+        "num_model": sum(p.numel() for p in student.chunks[0].parameters()),
         "exported_dtypes": {tensor.dtype for tensor in exported(student).values()},
     }
 
@@ -209,7 +209,7 @@ def _plain_gradients(folder: Path, head: str) -> dict[str, Tensor]:
         for role in ("student", "teacher")
     )
     loss = torch.zeros((), dtype=torch.float64)
-    for sample in (s for group in MICRO_BATCHES for s in group):
+    for sample in SAMPLES:
         ids = torch.tensor([sample.prompt.token_ids + sample.response_ids])
         p = student(ids).logits[0].log_softmax(-1)
         with torch.no_grad():

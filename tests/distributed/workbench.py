@@ -23,7 +23,7 @@ from megaopd.config import (
     StudentConfig,
     TeacherConfig,
 )
-from megaopd.data.packing import pack
+from megaopd.data.packing import Batching, Packing
 from megaopd.models.arch import read_arch
 from tests.helpers.tiny_models import make_tiny_model
 
@@ -57,30 +57,22 @@ def _sample(index: int, num_prompt: int, num_response: int, mask: str = "") -> S
     )
 
 
-# Four micro-batches. The third has no loss token; with two data-parallel ranks it is one of the
-# second rank's.
-MICRO_BATCHES = (
-    (_sample(0, 3, 6), _sample(1, 4, 5, mask="xx..x")),
-    (_sample(2, 3, 9),),
-    (_sample(3, 7, 0), _sample(4, 2, 3, mask="...")),
-    (_sample(5, 2, 7), _sample(6, 5, 2)),
+# One has no response, and one no loss token; test_layout_gradients.py has ranks without any.
+SAMPLES = (
+    _sample(0, 3, 6),
+    _sample(1, 4, 5, mask="xx..x"),
+    _sample(2, 3, 9),
+    _sample(3, 7, 0),
+    _sample(4, 2, 3, mask="..."),
+    _sample(5, 2, 7),
+    _sample(6, 5, 2),
 )
-NUM_LOSS_TOKENS = sum(sum(s.response_mask) for group in MICRO_BATCHES for s in group)
+NUM_LOSS_TOKENS = sum(sum(s.response_mask) for s in SAMPLES)
 
 
 def token_weights(labels: Tensor) -> Tensor:
     """From 0 to 2, by the label alone: the same under every layout."""
     return (labels % 5) / 2
-
-
-def _micro_batches(dp_rank: int, dp_size: int, pad_to_multiple: int) -> list[PackedBatch]:
-    share = len(MICRO_BATCHES) // dp_size
-    batches = []
-    for samples in MICRO_BATCHES[dp_rank * share : (dp_rank + 1) * share]:
-        batch = pack(samples, pad_to_multiple)
-        weights = token_weights(batch.labels_T) * batch.loss_mask_T
-        batches.append(replace(batch, token_weights_T=weights))
-    return batches
 
 
 @dataclass(frozen=True)
@@ -92,9 +84,17 @@ class Workbench:
     groups: Any
 
     @property
+    def batching(self) -> Batching:
+        packing = Packing(micro_batch_size=2, pad_to_multiple=self.parallel.tensor)
+        return Batching(self.groups.layout, packing)
+
+    @property
     def micro_batches(self) -> list[PackedBatch]:
-        groups = self.groups
-        return _micro_batches(groups.dp.rank(), groups.dp.size(), self.parallel.tensor)
+        assignment = self.batching.assign(SAMPLES)
+        batches = self.batching.micro_batches(SAMPLES, assignment, self.groups.rank)
+        return [
+            replace(b, token_weights_T=token_weights(b.labels_T) * b.loss_mask_T) for b in batches
+        ]
 
     def config(
         self,
@@ -106,7 +106,7 @@ class Workbench:
     ) -> Config:
         return Config(
             student=StudentConfig(str(self.folder / f"{head}_student"), dtype, freeze),
-            teacher=TeacherConfig(str(self.folder / f"{head}_teacher"), dtype),
+            teacher=TeacherConfig(path=str(self.folder / f"{head}_teacher"), dtype=dtype),
             parallel=self.parallel,
             loss=loss or LossConfig(),
             # Clipping would scale the gradients that are looked at.
@@ -116,7 +116,7 @@ class Workbench:
     def student(self, head: str, dtype: str = "fp32", **settings: Any) -> Any:
         """A new `MegatronStudent`; `settings` are those of `config`."""
         from megaopd.engine.student import MegatronStudent
-        from megaopd.models.build import padded_vocab_size
+        from megaopd.models.mapping import padded_vocab_size
 
         config = self.config(head, dtype, **settings)
         rows = padded_vocab_size(VOCAB_SIZE, self.parallel.tensor)
@@ -124,14 +124,15 @@ class Workbench:
         return MegatronStudent(config, arch, self.groups, rows, VOCAB_SIZE)
 
     def signals(self, head: str, dtype: str = "fp32") -> list[Any]:
-        from megaopd.models.build import padded_vocab_size
+        from megaopd.models.mapping import padded_vocab_size
         from megaopd.teacher.megatron import MegatronTeacher
 
         config = self.config(head, dtype)
         rows = padded_vocab_size(VOCAB_SIZE, self.parallel.tensor)
         arch = read_arch(config.teacher.path)
-        teacher = MegatronTeacher(config.teacher, self.parallel, arch, self.groups, rows)
-        return teacher.score(self.micro_batches)
+        batching = self.batching
+        teacher = MegatronTeacher(config.teacher, arch, self.groups, batching, batching, rows)
+        return teacher.score(SAMPLES)
 
 
 def with_layout(
@@ -150,12 +151,13 @@ def full_gradients(student: Any) -> Gradients:
     """After a step: the averaged gradients, the data-parallel ranks' shards put together again."""
     from megaopd.models import weights
 
-    for buffer in student.ddp.buffers:
+    (ddp,) = student.ddp
+    for buffer in ddp.buffers:
         group = buffer.data_parallel_group
         for bucket in buffer.buckets:
             shards = list(bucket.grad_data.chunk(group.size()))
             dist.all_gather(shards, shards[group.rank()].clone(), group=group)
-    named = weights.named_parameters(student.model, student.arch)
+    named = weights.named_parameters(student.chunks, student.arch)
     return {name: p.main_grad.clone() for name, p in named.items() if p.requires_grad}
 
 

@@ -52,10 +52,83 @@ def _other_tokenizer(directory: Path) -> None:
     path.write_text(json.dumps(data))
 
 
+def _six_experts(directory: Path) -> None:
+    path = directory / "teacher/config.json"
+    fields = json.loads(path.read_text())
+    fields |= {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+    fields |= {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    path.write_text(json.dumps(fields))
+
+
 MISTAKES = {
     "unknown key": Mistake(2, ("optimizer.lrr", "optimizer.lr"), ("optimizer.lrr=1",)),
     "wrong type": Mistake(2, ("train.num_steps", "many"), ("train.num_steps=many",)),
-    "layout": Mistake(2, ("parallel", "3", "4"), ("parallel.tensor=3",), world_size=4),
+    "layout": Mistake(
+        2,
+        ("parallel", "student's tensor 3", "= 3 does not divide the world size 4"),
+        ("parallel.tensor=3",),
+        world_size=4,
+    ),
+    "another world for the teacher": Mistake(
+        2,
+        ("teacher.parallel", "tensor 2 x pipeline 1 x context 4 = 8", "world size 4"),
+        ("teacher.parallel.tensor=2", "teacher.parallel.context=4"),
+        world_size=4,
+    ),
+    "deeper than layers": Mistake(
+        2,
+        ("parallel.pipeline", "= 4 stages", "student's 2 layers"),
+        ("parallel.pipeline=4",),
+        world_size=4,
+    ),
+    "uneven stages": Mistake(
+        2,
+        ("teacher.parallel.pipeline", "teacher's 4 layers (4 = 1 x 3 + 1)"),
+        ("parallel.context=3", "teacher.parallel.pipeline=3"),
+        world_size=3,
+    ),
+    "layers per stage": Mistake(
+        2,
+        ("teacher.parallel.layers_per_stage", "1 + 2 = 3", "4 layers"),
+        ("teacher.parallel.pipeline=2", "teacher.parallel.layers_per_stage=[1,2]"),
+        world_size=2,
+    ),
+    "virtual stages": Mistake(
+        2, ("parallel.virtual_pipeline", "pipeline 1"), ("parallel.virtual_pipeline=2",)
+    ),
+    "segments": Mistake(
+        2,
+        (
+            "train.max_tokens_per_micro_batch",
+            "64 + ",
+            " 13 = 77, padded to 80 = 20 x 2 x context 2",
+        ),
+        (
+            *("parallel.context=2", "train.max_tokens_per_micro_batch=78"),
+            "rollout.max_new_tokens=13",
+        ),
+        world_size=2,
+    ),
+    "experts": Mistake(
+        2,
+        ("teacher.parallel.expert", "6 experts (6 = 1 x 4 + 2)"),
+        ("teacher.parallel.expert=4",),
+        world_size=4,
+        damage=_six_experts,
+    ),
+    "ranks of experts": Mistake(
+        2,
+        ("teacher.parallel.expert", "expert 3 x expert_tensor 2 = 6", "4 ranks"),
+        ("teacher.parallel.expert=3", "teacher.parallel.tensor=2"),
+        world_size=4,
+    ),
+    "no experts": Mistake(
+        2, ("parallel.expert", "not a mixture"), ("parallel.expert=2",), world_size=2
+    ),
+    "self teacher with a path": Mistake(2, ("teacher.path", "self"), ("teacher.kind=self",)),
+    "key of a named teacher": Mistake(
+        2, ("teachers.math.pth", "teachers.math.path"), ("teachers.math.pth=x",)
+    ),
     "heads": Mistake(2, ("parallel.tensor", "4", "KV"), ("parallel.tensor=4",), world_size=4),
     "batch": Mistake(
         2, ("train.global_batch_size", "8"), ("train.micro_batch_size=3",), world_size=1

@@ -27,6 +27,14 @@ TINY_CONFIG: dict[str, Any] = {
     "initializer_range": 0.1,
 }
 
+# What a mixture of experts has besides; 2, 3 and 4 ranks divide an expert.
+TINY_MOE: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "norm_topk_prob": True,
+}
+
 # Sizes that 3 tensor-parallel ranks divide, with a vocabulary that nothing divides.
 TP3_CONFIG: dict[str, Any] = {
     "hidden_size": 72,
@@ -58,6 +66,12 @@ ROPE_VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+def tiny_config(config_class: type) -> dict[str, Any]:
+    """The fields of a tiny model's configuration."""
+    moe = TINY_MOE if hasattr(config_class, "moe_intermediate_size") else {}
+    return TINY_CONFIG | moe | {"rope_parameters": dict(ROPE_VARIANTS["default"])}
+
+
 def make_tiny_model(
     dst: str | Path,
     family: str = "Qwen3ForCausalLM",
@@ -75,11 +89,12 @@ def make_tiny_model(
     Args:
         family: the name of a transformers class, such as "LlamaForCausalLM".
         max_shard_size: a size below the model's, such as "200KB", writes several safetensors files.
-        **overrides: fields of the family's configuration, over `TINY_CONFIG`.
+        **overrides: fields of the family's configuration, over `TINY_CONFIG` and, where the family
+            is a mixture of experts, `TINY_MOE`.
     """
     dst = Path(dst)
     model_class = getattr(transformers, family)
-    fields = TINY_CONFIG | {"rope_parameters": dict(ROPE_VARIANTS["default"])} | overrides
+    fields = tiny_config(model_class.config_class) | overrides
     vocab_size = fields["vocab_size"]
     fields.update(bos_token_id=None, pad_token_id=vocab_size - 2, eos_token_id=vocab_size - 1)
     with torch.random.fork_rng(devices=[]):

@@ -8,9 +8,11 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megaopd.errors import CheckpointError, ConfigError
-from megaopd.models.arch import ROPE_TYPES, ModelArch, read_arch, rope_inv_freq
+from megaopd.models.arch import ROPE_TYPES, ModelArch, MoEArch, read_arch, rope_inv_freq
 from megaopd.models.families import FAMILIES
-from tests.helpers.tiny_models import ROPE_VARIANTS, TINY_CONFIG, TP3_CONFIG, edit_config
+from tests.helpers.tiny_models import ROPE_VARIANTS, TP3_CONFIG, edit_config, tiny_config
+
+MOE = "Qwen3MoeForCausalLM"
 
 
 @pytest.fixture(params=sorted(FAMILIES))
@@ -21,7 +23,7 @@ def family(request):
 def write_config(path, family, **overrides):
     """Writes config.json as transformers 5 does, without a model."""
     config_class = getattr(transformers, family).config_class
-    fields = TINY_CONFIG | {"rope_parameters": dict(ROPE_VARIANTS["default"])} | overrides
+    fields = tiny_config(config_class) | overrides
     config_class(architectures=[family], **fields).save_pretrained(path)
     return path
 
@@ -56,9 +58,10 @@ def test_every_field(tmp_path, family):
         max_positions=256,
         norm_eps=3e-5,
         tied=True,
-        qk_norm=family == "Qwen3ForCausalLM",
+        qk_norm=family != "LlamaForCausalLM",
         qkv_bias=False,
         rope={"rope_type": "default", "rope_theta": 10_000.0},
+        moe=MoEArch(4, 2, 48, True, (0, 1, 2, 3)) if "Moe" in family else None,
     )
 
 
@@ -165,6 +168,66 @@ def test_sliding_window(tmp_path):
     # Qwen3's own files carry a window that is switched off.
     edit_config(tmp_path, max_window_layers=2, use_sliding_window=False)
     assert read_arch(tmp_path).num_layers == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "layers"),
+    [
+        ({}, (0, 1, 2, 3)),
+        ({"mlp_only_layers": [0, 2]}, (1, 3)),
+        ({"decoder_sparse_step": 2}, (1, 3)),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [3]}, (1,)),
+        ({"decoder_sparse_step": 5}, None),
+    ],
+    ids=str,
+)
+def test_layers_that_are_mixtures(tmp_path, fields, layers):
+    """The layers in which transformers builds experts."""
+    write_config(tmp_path, MOE, **fields)
+    moe = read_arch(tmp_path).moe
+    assert (moe and moe.layers) == layers
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    theirs = tuple(i for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts"))
+    assert theirs == (layers or ())
+
+
+def test_versions_4_and_5_name_the_experts_differently(tmp_path):
+    """transformers 5 writes num_local_experts; version 4, and so Qwen's own files, num_experts."""
+    write_config(tmp_path, MOE, num_experts=6, norm_topk_prob=False)
+    version_5 = read_arch(tmp_path)
+    edit_config(tmp_path, remove=("num_local_experts",), num_experts=6)
+    assert read_arch(tmp_path) == version_5
+    assert version_5.moe == MoEArch(6, 2, 48, False, (0, 1, 2, 3))
+
+
+def test_head_dim_of_a_mixture_without_one(tmp_path):
+    write_config(tmp_path, MOE)
+    edit_config(tmp_path, remove=("head_dim",), hidden_size=128)
+    assert read_arch(tmp_path).head_dim == 32
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "found"),
+    [
+        ({"shared_expert_intermediate_size": 64}, ConfigError, "shared experts"),
+        ({"norm_topk_prob": True, "num_experts_per_tok": 1}, ConfigError, "norm_topk_prob"),
+        ({"use_sliding_window": True, "sliding_window": 8}, ConfigError, "use_sliding_window"),
+        ({"num_experts_per_tok": 5}, CheckpointError, "5 of 4 experts"),
+        ({"moe_intermediate_size": 0}, CheckpointError, "moe_intermediate_size: is 0"),
+        ({"num_local_experts": 0}, CheckpointError, "num_experts: is 0"),
+        ({"decoder_sparse_step": 0}, CheckpointError, "decoder_sparse_step: is 0"),
+        ({"mlp_only_layers": "all"}, CheckpointError, "mlp_only_layers"),
+    ],
+    ids=str,
+)
+def test_mixtures_that_are_refused(tmp_path, fields, error, found):
+    write_config(tmp_path, MOE)
+    edit_config(tmp_path, **fields)
+    with pytest.raises(error) as caught:
+        read_arch(tmp_path)
+    assert found in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_unknown_architecture_lists_the_known_ones(tmp_path):

@@ -1,19 +1,33 @@
-"""Packed attention against one softmax under an explicit mask, in fp64; the norm and its mark."""
+"""Packed attention against one softmax under an explicit mask, in fp64, on every rank of a
+context-parallel group; rotary positions; the norm and its mark."""
 
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 
-# megaopd first: it lets megatron be imported where there is no CUDA.
-from megaopd.models.attention import PackedAttention, RMSNorm  # isort: split
+from megaopd.batch import Prompt, Sample
+from megaopd.data.packing import pack
 
-from megatron.core.packed_seq_params import PackedSeqParams
+# megaopd first: it lets megatron be imported where there is no CUDA.
+from megaopd.models.attention import (  # isort: split
+    PackedAttention,
+    PackedSequences,
+    RMSNorm,
+    _each_sequence,
+    key_pieces,
+)
+
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megaopd.parallel.layout import Place
 
 LENGTHS = (5, 1, 9, 3)
 HEAD_DIM = 8
@@ -29,9 +43,9 @@ def _inputs(heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
 
 
-def _packed(lengths: tuple[int, ...] = LENGTHS, qkv_format: str = "thd") -> PackedSeqParams:
+def _packed(lengths: tuple[int, ...] = LENGTHS, qkv_format: str = "thd") -> PackedSequences:
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    return PackedSeqParams(
+    return PackedSequences(
         qkv_format=qkv_format,
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
@@ -80,6 +94,79 @@ def test_values_and_gradients(heads, kv_heads, scale):
     grads = torch.autograd.grad(out, inputs, upstream)
     for grad, wanted in zip(grads, torch.autograd.grad(expected, inputs, upstream), strict=True):
         torch.testing.assert_close(grad, wanted, rtol=1e-11, atol=1e-11)
+
+
+CP_LENGTHS = (8, 16, 24)  # multiples of 2 x cp_size for cp_size 2 and 4
+
+
+def _zigzag(cp_rank: int, cp_size: int) -> Tensor:
+    """Which tokens of the pack a rank holds: pieces r and 2 cp_size - 1 - r of every sequence."""
+    found, start = [], 0
+    for length in CP_LENGTHS:
+        pieces = torch.arange(start, start + length).view(2 * cp_size, -1)
+        found += [pieces[cp_rank], pieces[2 * cp_size - 1 - cp_rank]]
+        start += length
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+@pytest.mark.parametrize("cp_size", [2, 4])
+def test_every_context_parallel_rank_computes_its_part(monkeypatch, cp_size, heads, kv_heads):
+    """The collective itself is tested in tests/distributed."""
+    monkeypatch.setattr(sys.modules[__name__], "LENGTHS", CP_LENGTHS)
+    query, key, value = _inputs(heads, kv_heads)
+    expected = _reference(query, key, value, None)
+    held = [_zigzag(rank, cp_size) for rank in range(cp_size)]
+    assert torch.cat(held).sort()[0].equal(torch.arange(sum(CP_LENGTHS)))
+    everyones = torch.cat(held)  # as the all-gather lays them
+    for rank, mine in enumerate(held):
+        pieces = key_pieces(_packed(CP_LENGTHS).cu_seqlens_q, rank, cp_size)
+        k, v = (x[everyones][pieces.source] for x in (key, value))
+        out = _each_sequence(query[mine], k, v, pieces, None).flatten(1)
+        torch.testing.assert_close(out, expected[mine], rtol=1e-12, atol=1e-12)
+
+
+class _Group:
+    """What Megatron's rotary embedding asks of a process group."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank, self._size = rank, size
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._size
+
+
+@pytest.mark.parametrize(
+    ("cp_rank", "cp_size"), [(0, 1), (0, 2), (1, 2), *((rank, 4) for rank in range(4))]
+)
+def test_megatron_rotates_by_the_positions_of_the_batch(cp_rank, cp_size):
+    """So the pack, its zigzag cut included, and the rotary embedding speak of the same positions;
+    Megatron is told only where sequences start and which rank this is."""
+    samples = [
+        Sample(Prompt(str(n), (1,) * n), 0, (2,) * 5, (0.0,) * 5, (True,) * 5, "stop", 0)
+        for n in (3, 9, 1)
+    ]
+    batch = pack(samples, pad_to_multiple=4, place=Place(0, 1, cp_rank, cp_size))
+    group = _Group(cp_rank, cp_size)
+    rotary = RotaryEmbedding(HEAD_DIM, 1.0, use_cpu_initialization=True, cp_group=group)
+    packed = PackedSequences.of(batch, cp_size)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(batch.tokens_T.numel(), 2, HEAD_DIM, generator=generator)
+    config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=2)
+    freqs = rotary(rotary.get_rotary_seq_len(None, None, None, config, packed), packed_seq=True)
+    found = apply_rotary_pos_emb(x, freqs, config, packed.cu_seqlens_q, cp_group=group)
+
+    angles = torch.outer(batch.positions_T.float(), rotary.inv_freq)[:, None]
+    a, b = x.chunk(2, dim=-1)
+    wanted = torch.cat(
+        (a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()), dim=-1
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    if cp_rank:
+        assert not batch.positions_T.equal(torch.arange(x.size(0)))
 
 
 def test_sequences_do_not_see_each_other():

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
 
 from megaopd import config_compose
-from megaopd.config import Config, load, main, to_yaml, validate, validate_models
-from megaopd.config_schema import field_docs, paths
+from megaopd.config import (
+    Config,
+    ParallelConfig,
+    TeacherConfig,
+    load,
+    main,
+    to_yaml,
+    validate,
+    validate_models,
+)
+from megaopd.config_schema import build, field_docs, paths, section_of, to_markdown
 from megaopd.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -74,7 +82,50 @@ def test_an_integer_becomes_a_float_where_a_number_is_asked(conf: Path) -> None:
 
 def test_a_group_is_chosen_on_the_command_line(conf: Path) -> None:
     config = load(["conf=tiny", "parallel=tp2", "parallel.pipeline=2"])
-    assert dataclasses.astuple(config.parallel) == (2, 2, 1, True)
+    assert config.parallel == ParallelConfig(tensor=2, pipeline=2, sequence_parallel=True)
+
+
+def test_a_group_serves_either_side(conf: Path) -> None:
+    (conf / "two.yaml").write_text(
+        "defaults: [parallel: tp3, parallel@teacher.parallel: tp2, _self_]\n"
+        "teacher: {parallel: {context: 2}}\n"
+    )
+    config = load(["conf=two"])
+    assert config.parallel == ParallelConfig(tensor=3)
+    assert config.teacher.parallel == ParallelConfig(tensor=2, context=2, sequence_parallel=True)
+    swapped = load(["conf=two", "parallel=tp2", "parallel@teacher.parallel=tp3"])
+    assert swapped.parallel == ParallelConfig(tensor=2, sequence_parallel=True)
+    assert swapped.teacher.parallel == ParallelConfig(tensor=3, context=2)
+    added = load(["conf=tiny", "+parallel@teacher.parallel=tp2"])
+    assert added.teacher.parallel == ParallelConfig(tensor=2, sequence_parallel=True)
+
+
+def test_an_optional_section_takes_the_defaults_of_its_own_keys(conf: Path) -> None:
+    assert load(["conf=tiny"]).teacher.parallel is None
+    config = load(
+        ["conf=tiny", "teacher.parallel.tensor=2", "teacher.parallel.layers_per_stage=[7]"]
+    )
+    assert config.teacher.parallel == ParallelConfig(tensor=2, layers_per_stage=(7,))
+    assert load(["conf=tiny", "teacher.parallel={}"]).teacher.parallel == ParallelConfig()
+    (conf / "null.yaml").write_text("teacher: {path: x, parallel: null}\n")
+    assert load(["conf=null", "teacher.parallel.tensor=2"]).teacher.parallel == ParallelConfig(2)
+    (conf / "set.yaml").write_text("teacher: {path: x, parallel: {tensor: 2}}\n")
+    assert load(["conf=set", "teacher.parallel=null"]).teacher.parallel is None
+
+
+def test_named_sections_come_from_file_and_overrides(conf: Path) -> None:
+    (conf / "many.yaml").write_text("teachers: {math: {path: m, dtype: fp32}, 7: {path: s}}\n")
+    config = load(
+        ["conf=many", "teachers.math.path=n", "+teachers.co-de.path=c", "teachers.de.kind=self"]
+    )
+    assert config.teachers == {
+        "math": TeacherConfig(path="n", dtype="fp32"),
+        "7": TeacherConfig(path="s"),
+        "co-de": TeacherConfig(path="c"),
+        "de": TeacherConfig(kind="self"),
+    }
+    layout = load(["conf=many", "teachers.math.parallel.tensor=2"]).teachers["math"].parallel
+    assert layout == ParallelConfig(tensor=2)
 
 
 def test_a_path_finds_its_own_groups_and_those_of_conf(conf: Path, tmp_path: Path) -> None:
@@ -125,6 +176,27 @@ def test_the_repository_conf_comes_after_the_working_directory(
         (["run.name=3"], "run.name: found 3; expected a string, quoted"),
         (["loss=3"], "loss: found 3, not a section; write its keys below it"),
         (["loss=null"], "loss: found null, not a section"),
+        (["tensor=2"], "tensor: unknown key; did you mean parallel.tensor?"),
+        (
+            ["teacher.parallel.tesnor=2"],
+            "teacher.parallel.tesnor: unknown key; did you mean teacher.parallel.tensor?",
+        ),
+        (["teacher.paralel.tensor=2"], "teacher.paralel: unknown key; did you mean teacher.par"),
+        (["teacher.parallel=3"], "teacher.parallel: found 3, not a section; write its keys below"),
+        (
+            ["teacher.parallel.tensor=x"],
+            'teacher.parallel.tensor: found "x"; expected an integer',
+        ),
+        (["teacher.parallel.layers_per_stage=[2,a]"], 'layers_per_stage[1]: found "a"; expected'),
+        (
+            ["teachers.math.pth=x"],
+            "teachers.math.pth: unknown key; did you mean teachers.math.path?",
+        ),
+        (["teachers.math=x"], 'teachers.math: found "x", not a section; write its keys below it'),
+        (["teachers=[x]"], "teachers: found a list, not a section; write its keys below it"),
+        (["teachers=x"], 'teachers: found "x", not a section; write a name and its keys'),
+        (["teachers.math.kind=slef"], 'teachers.math.kind: found "slef"; did you mean self?'),
+        (["train.recompute=half"], 'found "half"; expected one of none, selective, full'),
         (["word"], "word: neither conf=NAME nor key=value; write overrides as key=value"),
         (["loss.kind=a,b"], "conf=tiny: Ambiguous value"),
         (["run.name=a(=b"], "conf=tiny: no viable alternative at input"),
@@ -192,11 +264,16 @@ def test_what_is_printed_has_every_doc_and_reads_back(
     conf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["conf=tiny", "optimizer.eps=1e-9", "loss.chunk_tokens=7", "run.seed=5"]
+    words += ["teacher.parallel.tensor=2", "teachers.no.path=x", "parallel.layers_per_stage=[4,8]"]
+    words += ["teachers.b-2.parallel.pipeline=3", "teachers.b-2.offload=true"]
     main(words)
     text = capsys.readouterr().out
     assert "  # Samples per prompt.\n  n: 1\n" in text
     assert "  seed: 5    # default: 1234\n" in text
-    for section in get_type_hints(Config).values():
+    assert "  parallel:    # default: null\n" in text
+    assert "    tensor: 2    # default: 1\n" in text
+    for section in map(section_of, get_type_hints(Config).values()):
+        assert section is not None
         for doc in field_docs(section).values():
             assert f"  # {doc}\n" in text
     copy = tmp_path / "copy.yaml"
@@ -205,10 +282,57 @@ def test_what_is_printed_has_every_doc_and_reads_back(
     assert text == to_yaml(load(words))
 
 
+@dataclass
+class Inner:
+    size: int = 1
+    """How big it is."""
+
+
+@dataclass
+class Outer:
+    inner: Inner = field(default_factory=Inner)
+    maybe: Inner | None = None
+    """There or not."""
+    parts: dict[str, Inner] = field(default_factory=dict)
+    """By name."""
+
+
+@dataclass
+class Schema:
+    outer: Outer = field(default_factory=Outer)
+
+
+def test_sections_nest_at_any_depth() -> None:
+    keys = ["outer.inner.size", "outer.maybe", "outer.maybe.size", "outer.parts.NAME.size"]
+    assert list(paths(Schema)) == keys
+    values = {"outer": {"inner": {"size": 2}, "maybe": {}, "parts": {"a": {"size": 3}}}}
+    built = build(Schema, values)
+    assert built == Schema(Outer(Inner(2), Inner(), {"a": Inner(3)}))
+    text = to_yaml(built)
+    assert [line for line in text.splitlines() if "size" in line] == [
+        "    size: 2    # default: 1",
+        "    size: 1",
+        "      size: 3    # default: 1",
+    ]
+    rows = [line.split(" | ")[:3] for line in to_markdown(Schema).splitlines() if "`" in line]
+    assert rows == [
+        ["| `outer.inner.size`", "an integer", "`1`"],
+        ["| `outer.maybe`", "a section or null", "`null`"],
+        ["| `outer.maybe.size`", "an integer", "`1`"],
+        ["| `outer.parts`", "names, each of a section", "`{}`"],
+        ["| `outer.parts.NAME.size`", "an integer", "`1`"],
+    ]
+
+
 @pytest.mark.parametrize("key", list(paths(Config)))
 def test_every_field_has_a_doc_that_is_a_sentence(key: str) -> None:
-    section, name = key.split(".")
-    doc = field_docs(get_type_hints(Config)[section])[name]
+    *parents, name = [part for part in key.split(".") if part != "NAME"]
+    section: type = Config
+    for parent in parents:
+        inner = section_of(get_type_hints(section)[parent])
+        assert inner is not None
+        section = inner
+    doc = field_docs(section)[name]
     assert doc.endswith(".")
     assert len(doc) > 15
 
@@ -226,6 +350,31 @@ def test_the_committed_reference_is_up_to_date(capsys: pytest.CaptureFixture[str
 def test_every_shipped_configuration_loads(name: str) -> None:
     config = load([f"conf={name}"])
     assert config.run.dir == f"runs/{config.run.name}"
+
+
+# What a part of a layout's file name stands for; "sp" and "single" take no number.
+_SIZES = {"tp": "tensor", "pp": "pipeline", "cp": "context", "ep": "expert"}
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in REPOSITORY.glob("conf/parallel/*.yaml")))
+def test_a_shipped_layout_is_what_its_name_says(tmp_path: Path, name: str) -> None:
+    named: dict[str, int | bool] = {}
+    for part in name.split("_"):
+        if part == "sp":
+            named["sequence_parallel"] = True
+        elif part != "single":
+            named[_SIZES[part[:2]]] = int(part[2:])
+    file = tmp_path / "layouts.yaml"
+    file.write_text(f"defaults: [parallel: {name}, parallel@teacher.parallel: {name}]\n")
+    config = load([f"conf={file}"])
+    assert config.parallel == config.teacher.parallel == ParallelConfig(**named)  # type: ignore[arg-type]
+
+
+def test_the_reference_run_fits_two_nodes() -> None:
+    """Heads, layers and contexts of Qwen3-8B and Qwen3-32B, as their config.json has them."""
+    student = Arch(36, 32, 8, 12288, 40960)
+    teacher = Arch(64, 64, 8, 25600, 40960)
+    validate(load(["conf=opd_32b_to_8b"]), 16, student, teacher)
 
 
 def test_the_command_line_exits_with_2_and_one_line(conf: Path) -> None:
@@ -246,12 +395,20 @@ def test_the_command_line_exits_with_2_and_one_line(conf: Path) -> None:
 
 
 @dataclass
+class Experts:
+    num_experts: int = 6
+    ffn_hidden_size: int = 32
+    layers: tuple[int, ...] = tuple(range(12))
+
+
+@dataclass
 class Arch:
     num_layers: int = 12
     num_heads: int = 9
     num_kv_heads: int = 3
-    vocab_size: int = 100
+    ffn_hidden_size: int = 36
     max_positions: int = 2048
+    moe: Experts | None = None
 
 
 def _valid(conf: Path, *words: str) -> Config:
@@ -264,13 +421,153 @@ def test_a_sound_configuration_passes(conf: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "world_size", "student", "teacher"),
+    [
+        # Layouts that differ; layers shared out unevenly; a teacher of another depth.
+        (
+            ["parallel.pipeline=2", "parallel.layers_per_stage=[5,7]", "teacher.parallel.tensor=2"],
+            6,
+            Arch(),
+            Arch(num_layers=5, num_heads=4, num_kv_heads=2),
+        ),
+        (["parallel.pipeline=2", "parallel.virtual_pipeline=3"], 6, Arch(), Arch()),
+        # A token budget needs no multiple of the data-parallel size, only the longest sequence.
+        (
+            [
+                *("parallel.tensor=1", "parallel.context=2", "rollout.max_new_tokens=10"),
+                *("data.max_prompt_tokens=9", "train.max_tokens_per_micro_batch=20"),
+            ],
+            6,
+            Arch(),
+            Arch(),
+        ),
+        # A dense student, a mixture of experts above it in its own layout.
+        (
+            [
+                *("teacher.parallel.tensor=3", "teacher.parallel.expert=6"),
+                "teacher.parallel.expert_tensor=1",
+            ],
+            6,
+            Arch(),
+            Arch(moe=Experts()),
+        ),
+        (
+            [
+                *("parallel.sequence_parallel=true", "parallel.expert=3"),
+                *("parallel.expert_tensor=2", "student.router_aux_loss_coef=0.01"),
+            ],
+            6,
+            Arch(moe=Experts()),
+            Arch(moe=Experts()),
+        ),
+        (["teacher.kind=ema", "teacher.path=", "teacher.parallel.tensor=3"], 3, Arch(), Arch()),
+    ],
+)
+def test_what_can_work_is_not_refused(
+    conf: Path, words: list[str], world_size: int, student: Arch, teacher: Arch
+) -> None:
+    validate(_valid(conf, *words), world_size, student, teacher)
+
+
+@pytest.mark.parametrize(
     ("words", "world_size", "message"),
     [
         (
             ["parallel.pipeline=2"],
             8,
-            "parallel: tensor 3 x pipeline 2 x context 1 = 6 does not divide the world size 8",
+            "parallel: the student's tensor 3 x pipeline 2 x context 1 = 6 does not divide the "
+            "world size 8; start a multiple of 6 ranks",
         ),
+        (
+            ["teacher.parallel.tensor=2", "teacher.parallel.context=2"],
+            6,
+            "teacher.parallel: the teacher's tensor 2 x pipeline 1 x context 2 = 4 does not divide "
+            "the world size 6, the ranks that teacher and student share",
+        ),
+        (
+            ["teachers.math.path=x", "teachers.math.parallel.tensor=4"],
+            6,
+            "teachers.math.parallel: the teacher math's tensor 4 x",
+        ),
+        (
+            ["teacher.parallel.tensor=2", "teacher.parallel.expert=2"],
+            6,
+            "teacher.parallel.expert: the teacher's expert 2 x expert_tensor 2 = 4 does not divide "
+            "the 6 ranks of a pipeline stage (tensor 2 x context 1 x data 3)",
+        ),
+        (
+            ["parallel.pipeline=2", "parallel.expert=4", "parallel.expert_tensor=1"],
+            12,
+            "parallel.expert: the student's expert 4 x expert_tensor 1 = 4 does not divide the 6 "
+            "ranks of a pipeline stage (tensor 3 x context 1 x data 2)",
+        ),
+        (
+            ["parallel.virtual_pipeline=2"],
+            3,
+            "parallel.virtual_pipeline: 2 with parallel.pipeline 1",
+        ),
+        (
+            ["parallel.pipeline=2", "parallel.layers_per_stage=[4,4,4]"],
+            6,
+            "parallel.layers_per_stage: 3 numbers for pipeline 2 x virtual_pipeline 1 = 2 stages",
+        ),
+        (
+            ["parallel.pipeline=2", "parallel.layers_per_stage=[12,0]"],
+            6,
+            "parallel.layers_per_stage: 0 layers in stage 1; give every stage at least 1",
+        ),
+        (
+            ["teacher.parallel.expert_tensor=0"],
+            3,
+            "teacher.parallel.expert_tensor: found 0; expected a positive number",
+        ),
+        (
+            [
+                *("parallel.context=2", "train.max_tokens_per_micro_batch=18"),
+                *("rollout.max_new_tokens=10", "data.max_prompt_tokens=8"),
+            ],
+            6,
+            "train.max_tokens_per_micro_batch: 18 is less than the 20 tokens of the longest "
+            "sequence (data.max_prompt_tokens 8 + rollout.max_new_tokens 10 = 18, padded to "
+            "20 = 5 x 2 x context 2); give at least 20",
+        ),
+        (
+            ["teacher.max_tokens_per_micro_batch=2047"],
+            3,
+            "teacher.max_tokens_per_micro_batch: 2047 is less than the 2048 tokens of the longest "
+            "sequence (data.max_prompt_tokens 1024 + rollout.max_new_tokens 1024 = 2048); give",
+        ),
+        (
+            ["train.max_tokens_per_micro_batch=2050", "teacher.parallel.context=3"],
+            3,
+            "train.max_tokens_per_micro_batch: 2050 is less than the 2052 tokens",
+        ),
+        (
+            ["teacher.max_tokens_per_micro_batch=0"],
+            3,
+            "teacher.max_tokens_per_micro_batch: found 0; expected a positive number",
+        ),
+        (["teacher.kind=self"], 3, "teacher.path: 'teacher' with teacher.kind self, whose weights"),
+        (
+            ["teacher.kind=ema", "teacher.path=", "teacher.parallel.tensor=1"],
+            3,
+            "teacher.parallel: another layout than the student's with teacher.kind ema",
+        ),
+        (
+            ["teacher.kind=self", "teacher.path=", "student.dtype=fp32"],
+            3,
+            "teacher.dtype: bf16 with teacher.kind self and student.dtype fp32: rounding alone "
+            "would set the teacher apart; set teacher.dtype=fp32",
+        ),
+        (["teacher.ema_decay=1"], 3, "teacher.ema_decay: found 1.0; expected a value in [0, 1)"),
+        (
+            ["teachers.math.path=x", "teachers.math.ema_decay=-1"],
+            3,
+            "teachers.math.ema_decay: found -1.0; expected a value in [0, 1)",
+        ),
+        (["teachers.math.dtype=fp32"], 3, "teachers.math.path: not set; give teachers.math.path="),
+        (["teachers={a.b: {path: x}}"], 3, "teachers: the name 'a.b'; name it in letters"),
+        (["student.router_aux_loss_coef=-1"], 3, "student.router_aux_loss_coef: found -1.0; exp"),
         (
             ["train.micro_batch_size=3"],
             6,
@@ -282,11 +579,6 @@ def test_a_sound_configuration_passes(conf: Path) -> None:
             ["parallel.tensor=1", "parallel.sequence_parallel=true"],
             1,
             "parallel.sequence_parallel: true with parallel.tensor 1",
-        ),
-        (
-            ["parallel.context=2"],
-            6,
-            "parallel.context: 2, and context parallelism is not supported",
         ),
         (["rollout.kind=recorded"], 3, "rollout.path: not set, and rollout.kind is recorded"),
         (["rollout.path=a", "rollout.record=a"], 3, "rollout.record: the recording that is"),
@@ -354,7 +646,92 @@ def test_a_broken_rule_is_named(
             ["parallel.pipeline=5"],
             Arch(),
             Arch(),
-            "parallel.pipeline: 5 does not divide the student's 12 layers (12 = 2 x 5 + 2)",
+            "parallel.pipeline: pipeline 5 x virtual_pipeline 1 = 5 stages do not divide the "
+            "student's 12 layers (12 = 2 x 5 + 2); choose one of 1, 2, 3, 4, 6, 12 stages",
+        ),
+        (
+            ["parallel.pipeline=4", "parallel.virtual_pipeline=4"],
+            Arch(),
+            Arch(num_layers=16),
+            "parallel.pipeline: pipeline 4 x virtual_pipeline 4 = 16 stages are more than the "
+            "student's 12 layers",
+        ),
+        (
+            ["parallel.pipeline=2", "parallel.layers_per_stage=[5,6]"],
+            Arch(),
+            Arch(),
+            "parallel.layers_per_stage: 5 + 6 = 11, and the student has 12 layers",
+        ),
+        (
+            ["parallel.pipeline=2", "parallel.layers_per_stage=[5,7]"],
+            Arch(),
+            Arch(num_layers=24),
+            "parallel.layers_per_stage: 5 + 7 = 12, and the teacher has 24 layers; give 2 numbers "
+            "that sum to 24, or give the teacher a layout of its own",
+        ),
+        (
+            ["teacher.parallel.tensor=2"],
+            Arch(),
+            Arch(),
+            "teacher.parallel.tensor: 2 does not divide the teacher's 9 attention heads "
+            "(9 = 4 x 2 + 1); choose one of 1, 3, 9",
+        ),
+        (
+            [],
+            Arch(ffn_hidden_size=37),
+            Arch(),
+            "parallel.tensor: 3 does not divide the student's 37 MLP features (37 = 12 x 3 + 1)",
+        ),
+        (
+            ["teacher.parallel.tensor=3"],
+            Arch(),
+            Arch(ffn_hidden_size=37, moe=Experts(layers=(1,))),
+            "teacher.parallel.tensor: 3 does not divide the teacher's 37 MLP features",
+        ),
+        (
+            ["teacher.parallel.expert=4"],
+            Arch(),
+            Arch(moe=Experts()),
+            "teacher.parallel.expert: 4 does not divide the teacher's 6 experts (6 = 1 x 4 + 2)",
+        ),
+        (
+            ["teacher.parallel.expert=2", "teacher.parallel.expert_tensor=3"],
+            Arch(),
+            Arch(moe=Experts()),
+            "teacher.parallel.expert_tensor: 3 does not divide the teacher's 32 features of an "
+            "expert (32 = 10 x 3 + 2)",
+        ),
+        (
+            ["parallel.expert=2"],
+            Arch(),
+            Arch(moe=Experts()),
+            "parallel.expert: 2, and the student is not a mixture of experts; set it to 1",
+        ),
+        (
+            ["parallel.tensor=1", "parallel.expert=2"],
+            Arch(moe=Experts()),
+            Arch(),
+            "parallel.expert: 2, and the teacher is not a mixture of experts; set it to 1, or give "
+            "the teacher a layout of its own",
+        ),
+        (
+            ["teacher.parallel.expert_tensor=1"],
+            Arch(),
+            Arch(),
+            "teacher.parallel.expert_tensor: 1, and the teacher is not a mixture of experts; set "
+            "it to null",
+        ),
+        (
+            ["parallel.expert_tensor=1"],
+            Arch(moe=Experts()),
+            Arch(moe=Experts()),
+            "parallel.sequence_parallel: false with parallel.tensor 3: Megatron trains a mixture",
+        ),
+        (
+            ["student.router_aux_loss_coef=0.1"],
+            Arch(),
+            Arch(),
+            "student.router_aux_loss_coef: 0.1, and the student is not a mixture of experts",
         ),
         (
             ["data.max_prompt_tokens=1500", "rollout.max_new_tokens=549"],
@@ -372,3 +749,18 @@ def test_a_model_that_does_not_fit_is_named(
     with pytest.raises(ConfigError) as caught:
         validate_models(_valid(conf, *words), student, teacher)
     assert message in str(caught.value)
+
+
+def test_every_teacher_is_checked_against_its_own_model(conf: Path) -> None:
+    words = ["teachers.math.path=x", "teachers.math.parallel.pipeline=2", "teachers.code.path=y"]
+    config = _valid(conf, *words)
+    archs = {"math": Arch(), "code": Arch()}
+    validate_models(config, Arch(), Arch(), archs)
+    with pytest.raises(
+        ConfigError, match=r"^teachers\.math\.parallel\.pipeline: .* teacher math's"
+    ):
+        validate_models(config, Arch(), Arch(), archs | {"math": Arch(num_layers=13)})
+    with pytest.raises(ConfigError, match=r"^parallel\.tensor: .*teacher code's 8 KV heads"):
+        validate_models(config, Arch(), Arch(), archs | {"code": Arch(num_kv_heads=8)})
+    with pytest.raises(ConfigError, match="the teacher code's context of 2047"):
+        validate_models(config, Arch(), Arch(), archs | {"code": Arch(max_positions=2047)})

@@ -73,6 +73,58 @@ def test_overlong_prompts_are_set_aside_and_counted(
     assert found.num_overlong == 2
 
 
+def test_a_row_may_name_its_teacher_and_what_that_one_sees(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    file = write(
+        tmp_path / "p.jsonl",
+        {"prompt": "one", "hint": "two one", "teacher": "math"},
+        {"prompt": "one", "hint": [{"role": "user", "content": "three"}]},
+        {"prompt": "one", "hint": "four", "teacher": None},
+    )
+    config = DataConfig(teacher_prompt_column="hint")
+    assert load_prompts(file, config, tokenizer, ("", "math")).prompts == (
+        Prompt("1", (3,), teacher="math", teacher_token_ids=(4, 3)),
+        Prompt("2", (3,), teacher_token_ids=(1, 5, 2)),
+        Prompt("3", (3,), teacher_token_ids=(6,)),
+    )
+
+
+def test_a_prompt_that_is_too_long_for_the_teacher_is_set_aside(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    file = write(tmp_path / "p.jsonl", *({"prompt": "one", "hint": "one " * n} for n in (2, 3)))
+    config = DataConfig(teacher_prompt_column="hint", max_prompt_tokens=2)
+    found = load_prompts(file, config, tokenizer)
+    assert [p.prompt_id for p in found.prompts] == ["1"]
+    assert found.num_overlong == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"prompt": "one", "hint": "two", "teacher": "art"},
+            "p.jsonl:2: column 'teacher' names the teacher \"art\"; there are 'code', 'math'; "
+            "enter it under teachers",
+        ),
+        ({"prompt": "one", "hint": "two", "teacher": ["math"]}, "p.jsonl:2: column 'teacher'"),
+        ({"prompt": "one"}, "p.jsonl:2: no column 'hint'; it has prompt; set data.teacher_prompt"),
+        ({"prompt": "one", "hint": ""}, "p.jsonl:2: an empty prompt in column 'hint'"),
+        ({"prompt": "one", "hint": 1}, "p.jsonl:2: column 'hint' holds 1"),
+    ],
+)
+def test_bad_teachers_and_their_prompts_are_named_with_their_line(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, row: dict[str, Any], message: str
+) -> None:
+    file = write(tmp_path / "p.jsonl", {"prompt": "one", "hint": "two", "teacher": "math"}, row)
+    config = DataConfig(teacher_prompt_column="hint")
+    with pytest.raises(DataError) as caught:
+        load_prompts(file, config, tokenizer, {"": 0, "math": 1, "code": 2})
+    assert message in str(caught.value)
+    assert caught.value.exit_status == 3
+
+
 GOOD = {"id": "a", "prompt": "one"}
 
 

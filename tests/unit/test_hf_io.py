@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from megaopd.errors import CheckpointError
 from megaopd.models.arch import read_arch
 from megaopd.models.families import FAMILIES, param_mappings
 from megaopd.models.hf_io import HFReader, check_weights, load_into, load_vocab_rows
+from megaopd.models.mapping import Partition
 from tests.helpers.tiny_models import TP3_CONFIG, make_tiny_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -47,13 +49,15 @@ def local_shape(name, arch, tp_size, padded_vocab_size):
     """Shape of Megatron's shard, from the rules of tensor parallelism rather than the mapping."""
     q, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    ffn = arch.moe.ffn_hidden_size if ".experts." in name else arch.ffn_hidden_size
     return {
         "word_embeddings": (padded_vocab_size // tp_size, arch.hidden_size),
         "output_layer": (padded_vocab_size // tp_size, arch.hidden_size),
         "linear_qkv": ((q + 2 * kv) // tp_size, arch.hidden_size),
         "linear_proj": (arch.hidden_size, q // tp_size),
-        "linear_fc1": (2 * arch.ffn_hidden_size // tp_size, arch.hidden_size),
-        "linear_fc2": (arch.hidden_size, arch.ffn_hidden_size // tp_size),
+        "linear_fc1": (2 * ffn // tp_size, arch.hidden_size),
+        "linear_fc2": (arch.hidden_size, ffn // tp_size),
+        "router": (arch.moe.num_experts if arch.moe else 0, arch.hidden_size),
         "q_layernorm": (arch.head_dim,),
         "k_layernorm": (arch.head_dim,),
     }.get(kind, (arch.hidden_size,))
@@ -77,7 +81,7 @@ def test_each_rank_reads_only_its_slices(tmp_path, family, tied, tp_size):
     ranks = []
     for rank in range(tp_size):
         reader, params = CountingReader(path), empty_params(arch, tp_size, padded)
-        load_into(params, arch, reader, rank, tp_size, padded)
+        load_into(params, arch, reader, Partition(rank, tp_size, padded))
         shard = padded // tp_size
         num_padding = shard - max(0, min(509 - rank * shard, shard))
         num_read = sum(p.numel() for p in params.values())
@@ -94,7 +98,7 @@ def test_each_rank_reads_only_its_slices(tmp_path, family, tied, tp_size):
 def test_loading_casts(model_dir):
     arch, original = read_arch(model_dir), load_file(model_dir / WEIGHTS)
     params = empty_params(arch, 1, 512, torch.bfloat16)
-    load_into(params, arch, HFReader(model_dir), 0, 1, 512)
+    load_into(params, arch, HFReader(model_dir), Partition(0, 1, 512))
     loaded = params["decoder.layers.1.mlp.linear_fc2.weight"]
     assert torch.equal(loaded, original["model.layers.1.mlp.down_proj.weight"].bfloat16())
 
@@ -104,7 +108,7 @@ def test_a_part_of_the_model_loads_alone(sharded_dir):
     arch = read_arch(sharded_dir)
     name = "decoder.layers.3.input_layernorm.weight"
     params = {name: torch.zeros(64)}
-    load_into(params, arch, HFReader(sharded_dir), 0, 2, 512)
+    load_into(params, arch, HFReader(sharded_dir), Partition(0, 2, 512))
     norm = HFReader(sharded_dir).read("model.layers.3.input_layernorm.weight")
     assert torch.equal(params[name], norm)
     assert norm.std() > 0.1
@@ -151,7 +155,7 @@ def test_wrong_tensor(model_dir, change, found):
     arch = read_arch(model_dir)
     params = empty_params(arch, 1, 512)
     with pytest.raises(CheckpointError) as caught:
-        load_into(params, arch, HFReader(model_dir), 0, 1, 512)
+        load_into(params, arch, HFReader(model_dir), Partition(0, 1, 512))
     assert found in str(caught.value)
     assert str(model_dir) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -229,7 +233,7 @@ def test_rotary_buffers_are_ignored(model_dir):
     arch, reader = read_arch(model_dir), HFReader(model_dir)
     check_weights(reader, arch)
     params = empty_params(arch, 1, 512)
-    load_into(params, arch, reader, 0, 1, 512)
+    load_into(params, arch, reader, Partition(0, 1, 512))
     assert not any(param.isnan().any() for param in params.values())
 
 
@@ -241,9 +245,58 @@ def test_a_tied_head_may_repeat_the_embedding(tmp_path):
     rewrite(path, lambda t: t["lm_head.weight"][-1].add_(1))
     with pytest.raises(CheckpointError, match=r"lm_head.weight: row 511 is not the embedding's"):
         check_weights(HFReader(path), arch)
+    rewrite(path, lambda t: t["lm_head.weight"][-1].sub_(1))
+    rewrite(path, lambda t: t["lm_head.weight"][317, 5].add_(1e-3))
+    with pytest.raises(CheckpointError, match=r"lm_head.weight: row 317 is not the embedding's"):
+        check_weights(HFReader(path), arch)
     rewrite(path, lambda t: t.update({"lm_head.weight": torch.ones(3, 64)}))
     with pytest.raises(CheckpointError, match=r"lm_head.weight: has shape \[3, 64\]"):
         check_weights(HFReader(path), arch)
+
+
+class TestFusedExperts:
+    """Experts in 3-D tensors, as transformers 5 saves them with save_original_format=False."""
+
+    @pytest.fixture
+    def apart(self, tmp_path):
+        return make_tiny_model(tmp_path / "apart", "Qwen3MoeForCausalLM", num_hidden_layers=2)
+
+    @pytest.fixture
+    def fused(self, tmp_path, apart):
+        path = tmp_path / "fused"
+        model = AutoModelForCausalLM.from_pretrained(apart)
+        model.save_pretrained(path, save_original_format=False, max_shard_size="200KB")
+        return path
+
+    def test_they_are_read_like_single_ones(self, apart, fused):
+        ours, theirs = HFReader(fused), HFReader(apart)
+        index = json.loads((fused / INDEX).read_text())["weight_map"]
+        assert "model.layers.1.mlp.experts.gate_up_proj" in index
+        assert ours.names() == theirs.names()
+        check_weights(ours, read_arch(fused))
+        rows, cols = slice(3, 7), slice(2, 5)
+        for name in theirs.names():
+            assert ours.shape(name) == theirs.shape(name)
+            assert ours.dtype(name) == theirs.dtype(name)
+            assert torch.equal(ours.read(name), theirs.read(name)), name
+            assert torch.equal(ours.read(name, rows), theirs.read(name, rows)), name
+            if len(theirs.shape(name)) == 2:
+                assert torch.equal(ours.read(name, rows, cols), theirs.read(name, rows, cols)), name
+
+    def test_errors_name_the_expert_and_the_file(self, fused):
+        name = "model.layers.1.mlp.experts.gate_up_proj"
+        file = fused / json.loads((fused / INDEX).read_text())["weight_map"][name]
+        tensors = load_file(file)
+        tensors[name] = tensors[name][:3].clone()
+        save_file(tensors, file, metadata={"format": "pt"})
+        missing = r"model.layers.1.mlp.experts.3.gate_proj.weight: missing"
+        with pytest.raises(CheckpointError, match=missing):
+            check_weights(HFReader(fused), read_arch(fused))
+        tensors[name] = tensors[name].new_zeros(4, 94, 64)
+        save_file(tensors, file, metadata={"format": "pt"})
+        shape = rf"{file.name}: model.layers.1.mlp.experts.0.gate_proj.weight: has shape \[47, 64\]"
+        with pytest.raises(CheckpointError, match=shape):
+            check_weights(HFReader(fused), read_arch(fused))
 
 
 def test_untied_without_a_head(model_dir):
@@ -257,8 +310,10 @@ def test_parameter_without_a_mapping(model_dir):
     with pytest.raises(CheckpointError, match=r"parameter decoder.layers.0.mlp.router.weight"):
         load_into(
             {"decoder.layers.0.mlp.router.weight": torch.zeros(4)},
-            arch, HFReader(model_dir), 0, 1, 512,
-        )  # fmt: skip
+            arch,
+            HFReader(model_dir),
+            Partition(0, 1, 512),
+        )
 
 
 def test_parameter_of_another_shape(model_dir):
@@ -266,4 +321,4 @@ def test_parameter_of_another_shape(model_dir):
     with pytest.raises(
         CheckpointError, match=r"model.norm.weight: .*\[64\] for .* which is \[63\]"
     ):
-        load_into(params, read_arch(model_dir), HFReader(model_dir), 0, 1, 512)
+        load_into(params, read_arch(model_dir), HFReader(model_dir), Partition(0, 1, 512))

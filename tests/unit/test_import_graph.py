@@ -22,12 +22,13 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megaopd"
 # lines above it here, never one of its own line or below. The longest name that fits counts:
 # models.mapping is a room of its own, outside models.
 LAYERS = (
-    ("errors", "logger", "parallel.cpu"),
-    ("config config_compose config_schema config_validate", "batch"),
+    ("errors", "logger", "memory", "parallel.cpu"),
+    ("config config_compose config_layouts config_schema config_validate", "batch"),
+    ("parallel.layout",),
     ("protocols", "metrics", "data", "parallel"),
     ("losses", "rewards", "rollout", "weight_sync", "models.mapping models.families"),
     ("models", "evaluation", "report report_svg"),
-    ("engine", "trainer"),
+    ("engine", "trainer", "inputs", "summary", "plan"),
     ("teacher",),
     ("train",),
 )
@@ -59,7 +60,8 @@ LIGHT = {
     "models.mapping": ("megatron", "transformers"),
     "trainer": ("megatron", "transformers"),
     "train": ("megatron", "transformers"),
-    "models.families": ("megatron",),
+    "plan.table": ("megatron",),
+    "models.families": ("megatron", "transformers"),
     "rollout.embedded": ("megatron",),
 }
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen2Config
 
 from megaopd.errors import ConfigError
 from megaopd.models.arch import read_arch
@@ -13,12 +12,13 @@ from tests.helpers.tiny_models import TP3_CONFIG, make_tiny_model
 
 # Not a family of its own here: it shows that one entry is enough, and exercises the biases.
 WITH_BIAS = "Qwen2ForCausalLM"
+MOE = "Qwen3MoeForCausalLM"
 
 
 @pytest.fixture(params=[*sorted(FAMILIES), WITH_BIAS])
 def family(request, monkeypatch):
     if request.param == WITH_BIAS:
-        monkeypatch.setitem(FAMILIES, WITH_BIAS, Family(Qwen2Config, qkv_bias=True))
+        monkeypatch.setitem(FAMILIES, WITH_BIAS, Family("Qwen2Config", qkv_bias=True))
     return request.param
 
 
@@ -62,6 +62,7 @@ def test_round_trip_is_exact(tmp_path, family, tied, tp_size):
         assert torch.equal(exported[name], tensor), name
     assert ("output_layer.weight" in shards) == (not tied)
     assert ("decoder.layers.3.self_attention.q_layernorm.weight" in shards) == arch.qk_norm
+    assert ("decoder.layers.3.mlp.experts.2.linear_fc1.weight" in shards) == bool(arch.moe)
     assert ("decoder.layers.3.self_attention.linear_qkv.bias" in shards) == (family == WITH_BIAS)
 
     embedding = torch.cat(shards["embedding.word_embeddings.weight"])
@@ -114,6 +115,9 @@ def test_indivisible_sizes_are_refused():
     layout = QKV(num_heads=4, num_kv_heads=2, head_dim=1, cols=None)
     with pytest.raises(ConfigError, match=r"parallel.tensor: 4 ranks do not divide 2 KV heads"):
         layout.load(lambda i, rows: torch.zeros(4), Partition(0, 4, 0))
+    expert = Partition(0, 3, 0, field="parallel.expert_tensor")
+    with pytest.raises(ConfigError, match=r"parallel.expert_tensor: 3 ranks do not divide 32 feed"):
+        GatedMLP(32, 64).load(lambda i, rows: torch.zeros(32, 64), expert)
 
 
 @pytest.mark.parametrize(
@@ -138,8 +142,37 @@ def test_indivisible_sizes_are_refused():
     ],
 )
 def test_canonical_name(local, canonical):
-    assert canonical_name(local, layer_offset=12) == canonical
-    assert canonical_name(canonical, layer_offset=0) == canonical
+    assert canonical_name(local, layers=range(12, 24)) == canonical
+    assert canonical_name(canonical, layers=range(24)) == canonical
+
+
+@pytest.mark.parametrize(
+    "local",
+    [
+        "decoder.layers.1.mlp.experts.local_experts.10.linear_fc2.weight",  # one after another
+        "decoder.layers.1.mlp.experts.linear_fc2.weight10",  # TransformerEngine's grouped product
+    ],
+)
+def test_canonical_name_of_an_expert(local):
+    canonical = "decoder.layers.9.mlp.experts.74.linear_fc2.weight"
+    assert canonical_name(local, layers=(3, 9), first_expert=64) == canonical
+    assert canonical_name(canonical, layers=range(24)) == canonical
+
+
+def test_the_names_of_a_mixture(tmp_path):
+    path = make_tiny_model(tmp_path, MOE, num_hidden_layers=2, mlp_only_layers=[0], num_experts=2)
+    mappings = param_mappings(read_arch(path))
+    mlp = {name: mapping for name, mapping in mappings.items() if ".mlp." in name}
+    assert list(mlp) == [
+        "decoder.layers.0.mlp.linear_fc1.weight",
+        "decoder.layers.0.mlp.linear_fc2.weight",
+        "decoder.layers.1.mlp.router.weight",
+        "decoder.layers.1.mlp.experts.0.linear_fc1.weight",
+        "decoder.layers.1.mlp.experts.0.linear_fc2.weight",
+        "decoder.layers.1.mlp.experts.1.linear_fc1.weight",
+        "decoder.layers.1.mlp.experts.1.linear_fc2.weight",
+    ]
+    assert [mapping.expert for mapping in mlp.values()] == [None, None, None, 0, 0, 1, 1]
 
 
 def test_the_names_are_megatrons(tmp_path):
