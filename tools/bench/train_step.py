@@ -8,7 +8,7 @@ step included) with TP = number of cores and one thread a rank; the others run t
 student forward with full logits, autograd and AdamW in one process with that many threads. The
 three take turns in one run, each in fresh processes. Memory is the highest resident set of all
 processes of a contender together, sampled every 20 ms, as it is and above the moment before the
-first step.
+first step. What a layout costs is in layouts.py.
 
 TRL is installed by this script into a folder of its own (.bench/trl), never into the project.
 """
@@ -18,18 +18,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
+from processes import ROOT, measure, ready, report, torchrun
 
-ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / ".bench"
 MODELS = BENCH / "train_step"
 # TRL with what its GKD trainer imports, and nothing that would bring another torch.
@@ -77,8 +74,7 @@ def batch_ids(num_tokens: int) -> torch.Tensor:
 def timed(step: Any, num_steps: int, rank: int = 0) -> dict[str, Any]:
     """Runs one warm-up and `num_steps` timed steps; tells the parent when the first one starts."""
     if rank == 0:
-        print("READY", flush=True)
-    time.sleep(0.3)
+        ready()
     step()
     seconds = []
     for _ in range(num_steps):
@@ -97,10 +93,10 @@ def run_megaopd(num_tokens: int, num_steps: int) -> dict[str, Any]:
         StudentConfig,
         TeacherConfig,
     )
-    from megaopd.data.packing import micro_batches
+    from megaopd.data.packing import Batching, Packing
     from megaopd.engine.student import MegatronStudent
     from megaopd.models.arch import read_arch
-    from megaopd.models.build import padded_vocab_size
+    from megaopd.models.mapping import padded_vocab_size
     from megaopd.parallel import groups as parallel_groups
     from megaopd.parallel.device import init_distributed
     from megaopd.teacher.megatron import MegatronTeacher
@@ -117,7 +113,9 @@ def run_megaopd(num_tokens: int, num_steps: int) -> dict[str, Any]:
     rows = padded_vocab_size(VOCAB, tp_size)
     student_arch = read_arch(config.student.path)
     teacher_arch = read_arch(config.teacher.path)
-    teacher = MegatronTeacher(config.teacher, config.parallel, teacher_arch, groups, rows)
+    packing = Packing(num_tokens // SEQ, pad_to_multiple=tp_size)
+    ours, theirs = (Batching(groups.layout, packing, side) for side in ("student", "teacher"))
+    teacher = MegatronTeacher(config.teacher, teacher_arch, groups, theirs, ours, rows)
     student = MegatronStudent(config, student_arch, groups, rows, VOCAB)
     samples = []
     for i, row in enumerate(batch_ids(num_tokens).tolist()):
@@ -128,10 +126,10 @@ def run_megaopd(num_tokens: int, num_steps: int) -> dict[str, Any]:
                 Prompt(str(i), (row[0],)), 0, ids, (0.0,) * len(ids), (True,) * len(ids), "stop", 0
             )
         )
-    packs = micro_batches(samples, len(samples), 0, 1, tp_size)
+    packs = ours.micro_batches(samples, ours.assign(samples), groups.rank)
 
     def step() -> float:
-        result = student.train_step(packs, teacher.score(packs))
+        result = student.train_step(packs, teacher.score(samples))
         return result.metrics["loss/divergence"]
 
     result = timed(step, num_steps, groups.tp.rank())
@@ -186,68 +184,14 @@ def run_transformers(num_tokens: int, num_steps: int, use_trl: bool) -> dict[str
     return timed(step, num_steps)
 
 
-class MemorySampler(threading.Thread):
-    """Highest resident memory of a process and its children together, in bytes."""
-
-    def __init__(self, pid: int) -> None:
-        super().__init__(daemon=True)
-        self.process = psutil.Process(pid)
-        self.peak = 0
-        self.stopped = threading.Event()
-
-    def now(self) -> int:
-        total = 0
-        for process in [self.process, *self.process.children(recursive=True)]:
-            try:
-                # The torchrun agent is not part of the step.
-                if "torch.distributed.run" not in " ".join(process.cmdline()[:3]):
-                    total += process.memory_info().rss
-            except psutil.Error:
-                continue
-        return total
-
-    def run(self) -> None:
-        while not self.stopped.wait(0.02):
-            try:
-                self.peak = max(self.peak, self.now())
-            except psutil.Error:
-                return
-
-
-def measure(contender: str, args: argparse.Namespace) -> dict[str, Any] | None:
+def measured(contender: str, args: argparse.Namespace) -> dict[str, Any] | None:
     """Runs a contender in fresh processes; its time, loss and memory, or None if it died."""
-    cores = len(os.sched_getaffinity(0))
-    command = [sys.executable]
-    env = {**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1"}
+    command, env = [sys.executable], {"TRL_EXPERIMENTAL_SILENCE": "1"}
     if contender == "megaopd":
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(cores)]
+        command = torchrun(len(os.sched_getaffinity(0)))
         env["OMP_NUM_THREADS"] = "1"
     command += [__file__, "--role", contender, "--tokens", str(args.tokens)]
-    command += ["--steps", str(args.steps)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT, start_new_session=True
-    )
-    assert process.stdout is not None
-    sampler = MemorySampler(process.pid)
-    before = 0
-    result: dict[str, Any] = {}
-    try:
-        for line in process.stdout:
-            if line.startswith("READY"):
-                before = sampler.now()
-                sampler.start()
-            elif line.startswith("RESULT "):
-                result = json.loads(line.removeprefix("RESULT "))
-        if process.wait(timeout=60) != 0 or not result:
-            print(f"{contender}: ended with status {process.returncode}, left out of the table")
-            return None
-    finally:
-        sampler.stopped.set()
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    result["peak_gib"] = sampler.peak / 2**30
-    result["peak_above_start_gib"] = (sampler.peak - before) / 2**30
-    return result
+    return measure(contender, [*command, "--steps", str(args.steps)], env)
 
 
 def install_trl() -> None:
@@ -272,7 +216,7 @@ def main() -> None:
             result = run_megaopd(args.tokens, args.steps)
         else:
             result = run_transformers(args.tokens, args.steps, use_trl=args.role == "trl")
-        print("RESULT " + json.dumps(result), flush=True)
+        report(result)
         return
 
     make_models()
@@ -280,8 +224,8 @@ def main() -> None:
     if not args.no_trl:
         install_trl()
         contenders.append("trl")
-    measured = {name: measure(name, args) for name in contenders}
-    results = {name: result for name, result in measured.items() if result}
+    every = {name: measured(name, args) for name in contenders}
+    results = {name: result for name, result in every.items() if result}
     ours = results["megaopd"]
     print(f"{'':10} {'s/step':>8} {'x ours':>7} {'peak GiB':>9} {'x ours':>7} {'above':>7} loss")
     for name, r in results.items():
