@@ -112,8 +112,8 @@ def _masses(problem: Problem, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tens
         local, owned = shard.local_ids(ids)
         wide = row_kernels.widen(logits.gather(1, local)).double()
         picked = torch.where(owned, wide, 0.0)
-        found = []
-        for rows in tiles(logits):
+
+        def of_tile(rows: slice) -> list[Tensor]:
             scaled = row_kernels.widen(logits[rows]) * inv_tau
             top = scaled.amax(dim=1, keepdim=True)
             e = torch.exp(scaled - top)
@@ -122,8 +122,9 @@ def _masses(problem: Problem, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tens
             # Ids of other shards point at column 0 and are added with weight 0.
             inside = torch.zeros_like(e).scatter_add_(1, local[rows], owned[rows].to(e.dtype))
             tail = torch.where(inside > 0, 0.0, e).sum(dim=1)
-            found.append([top[:, 0], total, dot, tail])
-        top, total, dot, tail = stack_tiles(found)
+            return [top[:, 0], total, dot, tail]
+
+        top, total, dot, tail = stack_tiles(map(of_tile, tiles(logits)), num_rows)
         mass, entropy = top + total.log(), total.log() - dot / total
         rest = torch.where(tail > 0, top + tail.clamp(min=1e-300).log(), -1e30)
     gathered = shard.all_gather(torch.stack([mass, rest, entropy, *picked.unbind(1)]))

@@ -6,7 +6,7 @@ in the number of rows, and torch keeps the machine code on disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -53,9 +53,24 @@ def tiles(z: Tensor, elements: int | None = None) -> Iterator[slice]:
         yield slice(start, min(start + rows, z.shape[0]))
 
 
-def stack_tiles(per_tile: list[list[Tensor]]) -> list[Tensor]:
-    """Per tile a list of [c] -> a list of [C] in fp64."""
-    return [torch.cat(column).double() for column in zip(*per_tile, strict=True)]
+def stack_tiles(per_tile: Iterable[list[Tensor]], num_rows: int) -> list[Tensor]:
+    """Per tile a list of [c] -> a list of [C = num_rows] in fp64.
+
+    A tile's results are copied out before the next tile is computed. Kept, they would lie in the
+    memory that the tile's temporaries have left, the next tile's would no longer fit there, and the
+    heap would grow by a tile each time.
+    """
+    columns: list[Tensor] = []
+    start = 0
+    for found in per_tile:
+        if not columns:
+            columns = [x.new_empty(num_rows, dtype=torch.float64) for x in found]
+        rows = slice(start, start + len(found[0]))
+        start = rows.stop
+        for index, column in enumerate(columns):
+            column[rows] = found[index]
+        found.clear()
+    return columns
 
 
 class TorchBackend:
@@ -96,11 +111,12 @@ class TorchBackend:
         self, kernel: Callable[..., list[Tensor]], z: Tensor, u: Tensor
     ) -> list[Tensor]:
         """The row maxima of z and u, then what the kernel finds."""
-        found = []
-        for t in self._tiles(z):
+
+        def of_tile(t: slice) -> list[Tensor]:
             maxima = [row_kernels.row_maximum(x[t]) for x in (z, u)]
-            found.append([*maxima, *kernel(*self.pair(z[t], u[t]), *maxima)])
-        return stack_tiles(found)
+            return [*maxima, *kernel(*self.pair(z[t], u[t]), *maxima)]
+
+        return stack_tiles(map(of_tile, self._tiles(z)), len(z))
 
     def normalise(self, z: Tensor, u: Tensor) -> ShardScalars:
         """Masses and entropies only; values and pulls stay empty."""
@@ -156,8 +172,8 @@ class TorchBackend:
 
     def global_sums(self, z: Tensor, u: Tensor, rows: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Values and pulls per part, fp64 [C], under softmaxes given by `rows` [C, 5]."""
-        found = [self._part_sums(*self.pair(z[t], u[t]), rows[t]) for t in self._tiles(z)]
-        sums = stack_tiles(found)
+        found = (self._part_sums(*self.pair(z[t], u[t]), rows[t]) for t in self._tiles(z))
+        sums = stack_tiles(found, len(z))
         return sums[0::2], sums[1::2]
 
     def write_gradient(self, z: Tensor, u: Tensor, rows: Tensor, out: Tensor) -> None:
