@@ -6,6 +6,7 @@ another. Megatron-Core has no grouped path without TransformerEngine or a CUDA-o
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -106,6 +107,12 @@ def mark_experts(model: torch.nn.Module) -> None:
                 set_tensor_model_parallel_attributes(param, True, int("linear_fc2" in name), 1)
 
 
+# Which version began to is not on record in any signature; 0.16.1 does not, 0.19.2 does.
+_MEGATRON_COUNTS_SHARERS = "self.tp_cp_group.size()" in inspect.getsource(
+    TopKRouter.attach_and_log_load_balancing_loss
+)
+
+
 def weigh_aux_loss(
     chunks: Sequence[torch.nn.Module],
     router_aux_loss_coef: float,
@@ -120,8 +127,9 @@ def weigh_aux_loss(
     the global batch, each micro-batch weighted by T.
 
     Megatron adds, on each of the tensor- and context-parallel ranks that share a micro-batch, the
-    weight times the rank's summand times the tokens of that rank; later all gradients are divided
-    by the global number of loss tokens. The weight undoes both.
+    weight times the rank's summand times the tokens of that rank (newer versions: times the number
+    of those ranks); later all gradients are divided by the global number of loss tokens. The weight
+    undoes both.
     """
     lengths = [batch.tokens_T.numel() for batch in micro_batches]
     if len(chunks) > 1:  # the interleaved schedule computes all with the length of the longest
@@ -130,7 +138,7 @@ def weigh_aux_loss(
     counts = torch.tensor(num_mine, dtype=torch.float64, device=groups.device)
     dist.all_reduce(counts, group=groups.dp_cp)
     num_loss_tokens, num_tokens = counts.tolist()
-    sharers = groups.tp.size() * groups.cp.size()
+    sharers = 1 if _MEGATRON_COUNTS_SHARERS else groups.tp.size() * groups.cp.size()
     weight = router_aux_loss_coef * sharers * num_loss_tokens / max(num_tokens, 1.0)
     for chunk in chunks:
         for module in chunk.modules():
