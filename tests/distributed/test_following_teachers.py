@@ -27,6 +27,8 @@ from megaopd.models.arch import read_arch
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny_models import make_tiny_model
 
+pytestmark = pytest.mark.slow
+
 P = ParallelConfig
 VOCAB_SIZE = 509
 DECAY, NUM_STEPS = 0.9, 3

@@ -33,6 +33,8 @@ from megaopd.plan.parameters import rank_parameters
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny_models import make_tiny_model
 
+pytestmark = pytest.mark.slow
+
 WORLD = 2
 TEACHER_HIDDEN, NUM_MICRO_BATCHES, TOKENS = 96, 4, 128
 # Every tensor is a multiple of 64 elements, as in real models: no gaps in Megatron's buffers.

@@ -37,6 +37,8 @@ from megaopd.models.arch import read_arch
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny_models import make_tiny_model
 
+pytestmark = pytest.mark.slow
+
 VOCAB_SIZE = 2048
 SHARD_ROWS = VOCAB_SIZE // 2
 STUDENT_HIDDEN, TEACHER_HIDDEN = 48, 80
