@@ -11,6 +11,8 @@ import torch.distributed as dist
 from megaopd.config import ParallelConfig
 from tests.helpers.distributed import run_distributed
 
+pytestmark = pytest.mark.slow
+
 STUDENT = ParallelConfig(tensor=2, pipeline=2, virtual_pipeline=2)
 TEACHERS = {
     "cp2": ParallelConfig(context=2),

@@ -17,6 +17,8 @@ from megaopd.teacher.hand_over import HandOver, host_empty
 from tests.helpers.distributed import run_distributed
 from tests.helpers.random_batches import random_batching, random_samples
 
+pytestmark = pytest.mark.slow
+
 H = 6
 P = ParallelConfig
 # (teacher's layout and packing, student's layout and packing), by world size.

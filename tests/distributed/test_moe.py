@@ -33,6 +33,8 @@ from tests.distributed.test_layout_gradients import (
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny_models import make_tiny_model
 
+pytestmark = pytest.mark.slow
+
 FAMILY = "Qwen3MoeForCausalLM"
 # Weights of the chosen experts divided by their sum, and not; layers with and without experts.
 MODELS: dict[str, dict[str, Any]] = {

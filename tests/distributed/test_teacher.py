@@ -20,6 +20,8 @@ from megaopd.parallel.layout import Layout
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny_models import make_tiny_model
 
+pytestmark = pytest.mark.slow
+
 P = ParallelConfig
 VOCAB_SIZE = 509  # of the student; the teachers' are larger
 TEACHERS = {
