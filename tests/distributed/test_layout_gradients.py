@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaopd.batch import HiddenSignal, PackedBatch, Prompt, Sample
+from megaopd.batch import HiddenSignal, PackedBatch
 from megaopd.config import (
     Config,
     OptimizerConfig,
@@ -28,6 +28,7 @@ from megaopd.config import (
 )
 from megaopd.data.packing import Assignment, MicroBatch, Packing, assign, micro_batches
 from megaopd.models.arch import read_arch
+from tests.distributed.workbench import make_sample
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny_models import make_tiny_model
 
@@ -76,30 +77,15 @@ TRAINED = ("tp2_sp", "pp2_vp2", "cp2", "dp2", "tp2_sp_cp2", "dp2_tp2")
 NUM_STEPS = 20
 
 
-def _sample(index: int, num_prompt: int, num_response: int, mask: str = "") -> Sample:
-    generator = torch.Generator().manual_seed(index)
-    ids = torch.randint(0, VOCAB_SIZE, (num_prompt + num_response,), generator=generator).tolist()
-    flags = tuple(c == "x" for c in mask) or (True,) * num_response
-    return Sample(
-        Prompt(str(index), tuple(ids[:num_prompt])),
-        0,
-        tuple(ids[num_prompt:]),
-        (-5.0,) * num_response,
-        flags,
-        "stop",
-        0,
-    )
-
-
 SAMPLES = (
-    _sample(0, 3, 21),
-    _sample(1, 4, 5, mask="xx..x"),
-    _sample(2, 3, 12),
-    _sample(3, 7, 0),
-    _sample(4, 2, 3, mask="..."),
-    _sample(5, 2, 17),
-    _sample(6, 15, 1),  # its one loss token is on one context-parallel rank
-    _sample(7, 5, 2),
+    make_sample(0, 3, 21),
+    make_sample(1, 4, 5, mask="xx..x"),
+    make_sample(2, 3, 12),
+    make_sample(3, 7, 0),
+    make_sample(4, 2, 3, mask="..."),
+    make_sample(5, 2, 17),
+    make_sample(6, 15, 1),  # its one loss token is on one context-parallel rank
+    make_sample(7, 5, 2),
 )
 NUM_LOSS_TOKENS = sum(sum(s.response_mask) for s in SAMPLES)
 

@@ -42,7 +42,9 @@ def make_models(folder: Path) -> None:
         make_tiny_model(folder / f"{head}_teacher", family, seed=1, **sizes)
 
 
-def _sample(index: int, num_prompt: int, num_response: int, mask: str = "") -> Sample:
+def make_sample(index: int, num_prompt: int, num_response: int, mask: str = "") -> Sample:
+    """A sample of random tokens, determined by `index`; the mask has an x per response token that
+    the model produced."""
     generator = torch.Generator().manual_seed(index)
     ids = torch.randint(0, VOCAB_SIZE, (num_prompt + num_response,), generator=generator).tolist()
     flags = tuple(c == "x" for c in mask) or (True,) * num_response
@@ -59,13 +61,13 @@ def _sample(index: int, num_prompt: int, num_response: int, mask: str = "") -> S
 
 # One has no response, and one no loss token; test_layout_gradients.py has ranks without any.
 SAMPLES = (
-    _sample(0, 3, 6),
-    _sample(1, 4, 5, mask="xx..x"),
-    _sample(2, 3, 9),
-    _sample(3, 7, 0),
-    _sample(4, 2, 3, mask="..."),
-    _sample(5, 2, 7),
-    _sample(6, 5, 2),
+    make_sample(0, 3, 6),
+    make_sample(1, 4, 5, mask="xx..x"),
+    make_sample(2, 3, 9),
+    make_sample(3, 7, 0),
+    make_sample(4, 2, 3, mask="..."),
+    make_sample(5, 2, 7),
+    make_sample(6, 5, 2),
 )
 NUM_LOSS_TOKENS = sum(sum(s.response_mask) for s in SAMPLES)
 
