@@ -37,6 +37,8 @@ from tests.distributed.workbench import (
 )
 from tests.helpers.distributed import run_distributed
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS = {
     "tp2": ParallelConfig(tensor=2),
     "tp2_sp": ParallelConfig(tensor=2, sequence_parallel=True),

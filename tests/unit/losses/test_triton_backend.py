@@ -31,6 +31,7 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_in_the_interpreter():
     result = subprocess.run(
