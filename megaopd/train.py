@@ -35,7 +35,8 @@ key=value    any field, as in loss.kind=jsd optimizer.lr=1e-5 data=my_group (Hyd
 --debug      show the traceback of an error
 
 `python -m megaopd.config conf=NAME` prints every field with its value and its meaning.
-The run is written to runs/NAME: metrics.jsonl, tensorboard/, report.html, summary.json, hf/.
+The run is written to runs/NAME: metrics.jsonl, tensorboard/, report.html, summary.json, hf/;
+with train.export_megatron=true also megatron/.
 """
 
 
@@ -270,8 +271,11 @@ def _recorder(config: Config, is_main: bool) -> Callable[[int, Sequence[Sample]]
 def _teacher_result(config: Config, inputs: Inputs, groups: ParallelGroups) -> EvalResult | None:
     """The teachers' own greedy accuracy, each on the prompts that are routed to it and as it sees
     them; their generation weights are gone when this returns."""
+    from megaopd.checkpoint import open_weights
+    from megaopd.checkpoint.loading import verify_together
     from megaopd.evaluation import EvalRecord, EvalResult
     from megaopd.models.build import DTYPES
+    from megaopd.models.families import hf_shapes
     from megaopd.rollout.embedded import EmbeddedEngine
 
     if not config.eval.teacher:
@@ -286,7 +290,9 @@ def _teacher_result(config: Config, inputs: Inputs, groups: ParallelGroups) -> E
         evaluator = _evaluator(config, inputs, prompts)
         if evaluator is None:
             continue
-        engine = EmbeddedEngine.from_pretrained(
+        source = open_weights(own.path or config.student.path)
+        verify_together(source.path)
+        engine = EmbeddedEngine(
             own.path or config.student.path,
             device=groups.device,
             dtype=DTYPES[own.dtype],
@@ -294,14 +300,19 @@ def _teacher_result(config: Config, inputs: Inputs, groups: ParallelGroups) -> E
             rank=groups.rank,
             world_size=groups.world_size,
         )
+        names = hf_shapes(inputs.teacher_archs[name])
+        engine.load_weights(((tensor, source.read(tensor)) for tensor in names), version=0)
         records += evaluator(engine).records
     return EvalResult.of(records) if records else None
 
 
 def _export(config: Config, student: MegatronStudent, inputs: Inputs, is_main: bool) -> str | None:
-    """Writes the student to run.dir/hf; collective. Returns the directory."""
+    """Writes the student as the configuration asks, to run.dir/hf and run.dir/megatron; collective.
+    Returns the Hugging Face directory."""
     from megaopd.models.hf_io import HFWriter
 
+    if config.train.export_megatron:
+        student.save(Path(config.run.dir) / "megatron", config.student.path)
     if not config.train.export:
         return None
     destination = Path(config.run.dir) / "hf"
