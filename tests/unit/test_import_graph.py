@@ -23,13 +23,15 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megaopd"
 # models.mapping is a room of its own, outside models.
 LAYERS = (
     ("errors", "logger", "memory", "parallel.cpu"),
+    ("storage",),
     ("config config_compose config_layouts config_schema config_validate", "batch"),
     ("parallel.layout",),
     ("protocols", "metrics", "data", "parallel"),
     ("losses", "rewards", "rollout", "weight_sync", "models.mapping models.families"),
     ("models", "evaluation", "report report_svg"),
+    ("checkpoint",),
     ("engine", "trainer", "inputs", "summary", "plan"),
-    ("teacher",),
+    ("teacher", "convert"),
     ("train",),
 )
 
@@ -41,11 +43,11 @@ ONLY_IMPORTERS = {
     "hydra": ("config_compose",),
     "omegaconf": ("config_compose",),
     "yaml": ("config_compose",),
-    "megatron": ("parallel", "models", "engine"),
+    "megatron": ("parallel", "models", "checkpoint.saving", "engine"),
     "megatron.core.parallel_state": ("parallel.groups",),
     "megatron.core.mpu": (),
-    "transformers": ("data", "models", "rollout", "train"),
-    "safetensors": ("models.hf_io",),
+    "transformers": ("data", "models", "rollout", "convert.logits", "train"),
+    "safetensors": (),
     "wandb": ("metrics",),
     "tests": (),
     "tools": (),
@@ -63,6 +65,10 @@ LIGHT = {
     "plan.table": ("megatron",),
     "models.families": ("megatron", "transformers"),
     "rollout.embedded": ("megatron",),
+    "storage.steps": ("torch",),
+    "checkpoint": ("megatron",),
+    "convert.to_megatron": ("megatron",),
+    "convert.to_hf": ("megatron",),
 }
 
 
