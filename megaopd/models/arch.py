@@ -80,8 +80,13 @@ class ModelArch:
         tied: the LM head is the embedding.
         qk_norm: queries and keys are normalised per head.
         qkv_bias: query, key and value projections have biases.
-        rope: `rope_type` (one of `ROPE_TYPES`), `rope_theta` and the type's own parameters, named
-            as in transformers' `rope_parameters`.
+        rope: `rope_type` (one of `ROPE_TYPES`), `rope_theta`, the type's own parameters and, where
+            a head is rotated in part, `partial_rotary_factor`, named as in transformers'
+            `rope_parameters`.
+        rope_interleaved: features 2i and 2i + 1 are rotated together; otherwise i and
+            i + rotary_dim / 2.
+        post_norms: the outputs of attention and MLP are normalised before they are added to the
+            residual stream.
         moe: the mixture of experts; None is a model without one.
     """
 
@@ -99,7 +104,14 @@ class ModelArch:
     qk_norm: bool
     qkv_bias: bool
     rope: Mapping[str, Any] = field(hash=False)
+    rope_interleaved: bool = False
+    post_norms: bool = False
     moe: MoEArch | None = None
+
+    @property
+    def rotary_dim(self) -> int:
+        """Features of a head that are rotated, the first ones."""
+        return int(self.head_dim * self.rope.get("partial_rotary_factor", 1.0))
 
     def is_moe_layer(self, layer: int) -> bool:
         return self.moe is not None and layer in self.moe.layers
@@ -119,7 +131,7 @@ def read_arch(path: str | Path) -> ModelArch:
     sizes = {ours: _size(file, raw, theirs) for ours, theirs in _REQUIRED_SIZES.items()}
     norm_eps = _number(file, raw, "rms_norm_eps")
     config = _parse(file, raw, family)
-    for where, value, remedy in _unsupported(raw, config):
+    for where, value, remedy in _unsupported(raw, config, family):
         raise ConfigError(f"{file}: {where}", f"{_shown(value)} is not supported", remedy)
 
     rope = dict(config.rope_parameters)
@@ -135,7 +147,7 @@ def read_arch(path: str | Path) -> ModelArch:
             f"{num_kv_heads} does not divide {sizes['num_heads']} attention heads",
             "correct the file",
         )
-    return ModelArch(
+    arch = ModelArch(
         family=architecture,
         **sizes,
         num_kv_heads=num_kv_heads,
@@ -143,19 +155,29 @@ def read_arch(path: str | Path) -> ModelArch:
         norm_eps=norm_eps,
         tied=bool(config.tie_word_embeddings),
         qk_norm=family.qk_norm,
-        qkv_bias=family.qkv_bias,
+        qkv_bias=bool(config.attention_bias) if family.qkv_bias is None else family.qkv_bias,
         rope=rope,
+        rope_interleaved=family.rope_interleaved,
+        post_norms=family.post_norms,
         moe=_read_moe(file, config) if family.moe_layer else None,
     )
+    if arch.rotary_dim % 2 or not 0 < arch.rotary_dim <= head_dim:
+        raise CheckpointError(
+            f"{file}: partial_rotary_factor",
+            f"rotates {arch.rotary_dim} of {head_dim} features of a head",
+            "give a factor that makes it an even number of them",
+        )
+    return arch
 
 
 def rope_inv_freq(arch: ModelArch) -> tuple[Tensor, float]:
-    """Returns the inverse frequencies, fp32 [head_dim / 2], and the factor on cos and sin.
+    """Returns the inverse frequencies, fp32 [rotary_dim / 2], and the factor on cos and sin.
 
     Bit-equal to those of transformers' rotary embedding of the same configuration.
     """
     if arch.rope["rope_type"] == "default":
-        exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.int64).float() / arch.head_dim
+        dim = arch.rotary_dim
+        exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
         return 1.0 / (arch.rope["rope_theta"] ** exponents), 1.0
     config = PreTrainedConfig(
         head_dim=arch.head_dim,
@@ -260,14 +282,17 @@ def _parse(file: Path, raw: dict[str, Any], family: Family) -> PreTrainedConfig:
         raise CheckpointError(str(file), reason, "correct the field") from None
 
 
-def _unsupported(raw: dict[str, Any], config: PreTrainedConfig) -> Iterator[tuple[str, Any, str]]:
+def _unsupported(
+    raw: dict[str, Any], config: PreTrainedConfig, family: Family
+) -> Iterator[tuple[str, Any, str]]:
     """Yields (field, value, what to do) of every feature that would silently be computed wrong."""
     remedy = "use a model without it"
     if config.hidden_act != "silu":
         yield "hidden_act", config.hidden_act, 'use a model with "silu"'
-    for name in ("attention_bias", "mlp_bias"):
-        if raw.get(name):
-            yield name, raw[name], remedy
+    if raw.get("attention_bias") and family.qkv_bias is False:
+        yield "attention_bias", raw["attention_bias"], remedy
+    if raw.get("mlp_bias"):
+        yield "mlp_bias", raw["mlp_bias"], remedy
     if raw.get("quantization_config") is not None:
         yield "quantization_config", raw["quantization_config"], "dequantise the weights first"
     for name in _SHARED_EXPERTS:
@@ -290,5 +315,8 @@ def _unsupported(raw: dict[str, Any], config: PreTrainedConfig) -> Iterator[tupl
         yield "rope_parameters", rope, "use a model with one RoPE for all layers"
     elif rope["rope_type"] not in ROPE_TYPES:
         yield "rope_type", rope["rope_type"], f"use one of {', '.join(ROPE_TYPES)}"
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    elif family.partial_rope and rope["rope_type"] == "yarn":
+        # Its factor on cos and sin would leave out the features that are not rotated.
+        yield "rope_type", "yarn", "use a model that does not rotate a part of each head alone"
+    if not family.partial_rope and rope.get("partial_rotary_factor", 1.0) != 1.0:
         yield "partial_rotary_factor", rope["partial_rotary_factor"], remedy

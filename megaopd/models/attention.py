@@ -1,9 +1,8 @@
-"""Causal attention over packed sequences, and the norm, for Megatron's local spec.
+"""Causal attention over packed sequences, for Megatron's local spec.
 
-Used where TransformerEngine is not there. Megatron's own `DotProductAttention` knows no packing,
-and its `WrappedTorchNorm` no sequence parallelism. Nothing here builds a [T, T] mask: each
-sequence of the pack is attended to by itself, by torch's varlen kernel on a GPU and by one SDPA
-call a sequence elsewhere.
+Used where TransformerEngine is not there. Megatron's own `DotProductAttention` knows no packing.
+Nothing here builds a [T, T] mask: each sequence of the pack is attended to by itself, by torch's
+varlen kernel on a GPU and by one SDPA call a sequence elsewhere.
 
 Under context parallelism a rank holds two pieces of every sequence (`PackedBatch`). It gathers the
 keys and values of all ranks, and each of its pieces attends to the keys up to its own end.
@@ -215,18 +214,3 @@ def _varlen(
     out = varlen_attn(query, key, value, cu_q, cu_k, longest_q, longest_k, **options)
     assert isinstance(out, Tensor)  # a pair only where auxiliary outputs are asked for
     return out
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm as Megatron builds one, usable with sequence parallelism.
-
-    Under sequence parallelism a rank norms only its slice of the tokens, so its weight gradient is
-    partial; the mark on the weight makes `finalize_model_grads` sum it over the tensor-parallel
-    group.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
-    ) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

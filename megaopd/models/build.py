@@ -25,8 +25,9 @@ from torch import Tensor
 from megaopd.batch import PackedBatch
 from megaopd.config import ParallelConfig
 from megaopd.models.arch import ModelArch, rope_inv_freq
-from megaopd.models.attention import PackedAttention, PackedSequences, RMSNorm
+from megaopd.models.attention import PackedAttention, PackedSequences
 from megaopd.models.moe import layer_specs, mark_experts, moe_config
+from megaopd.models.norms import NormedResidual, RMSNorm
 from megaopd.parallel.groups import ParallelGroups
 from megaopd.parallel.layout import Layout
 
@@ -36,6 +37,9 @@ try:
     HAVE_TE = torch.cuda.is_available()
 except ImportError:
     HAVE_TE = False
+
+# The norm over hidden states; sharded and reduced as Megatron expects of one.
+NORM = LayerNormImpl if HAVE_TE else RMSNorm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -136,6 +140,7 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         softmax_scale=softmax_scale,
+        rotary_interleaved=arch.rope_interleaved,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         params_dtype=params_dtype,
@@ -159,7 +164,8 @@ def transformer_config(
         perform_initialization=False,
         bias_activation_fusion=fused,
         bias_dropout_fusion=fused,
-        apply_rope_fusion=fused,
+        # Megatron does not tell the fused kernel for packed sequences that features interleave.
+        apply_rope_fusion=fused and not arch.rope_interleaved,
         gradient_accumulation_fusion=fused,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
@@ -168,30 +174,38 @@ def transformer_config(
     )
 
 
-def _layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
+def _layer_spec(
+    arch: ModelArch, config: TransformerConfig, num_experts: int | None
+) -> ModuleSpec:
     """A layer with a plain MLP (None) or that many experts: TransformerEngine's where it imports,
     else Megatron's local one with our attention."""
     mlp = {"num_experts": num_experts, "moe_grouped_gemm": config.moe_grouped_gemm}
     if HAVE_TE:
-        return specs.get_gpt_layer_with_transformer_engine_spec(
+        layer = specs.get_gpt_layer_with_transformer_engine_spec(
             qk_layernorm=config.qk_layernorm, **mlp
         )
-    layer = specs.get_gpt_layer_local_spec(
-        qk_layernorm=config.qk_layernorm, normalization="RMSNorm", **mlp
-    )
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = PackedAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    else:
+        layer = specs.get_gpt_layer_local_spec(
+            qk_layernorm=config.qk_layernorm, normalization="RMSNorm", **mlp
+        )
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = PackedAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if arch.post_norms:
+        add = ModuleSpec(NormedResidual, params={"config": config, "norm": NORM})
+        layer.submodules.self_attn_bda = layer.submodules.mlp_bda = add
     return layer
 
 
-def _block_spec(config: TransformerConfig, layers: range) -> TransformerBlockSubmodules:
+def _block_spec(
+    arch: ModelArch, config: TransformerConfig, layers: range
+) -> TransformerBlockSubmodules:
     """One chunk's layers, by their global indices, and the final norm."""
     return TransformerBlockSubmodules(
-        layer_specs=layer_specs(config, layers, partial(_layer_spec, config)),
-        layer_norm=LayerNormImpl if HAVE_TE else RMSNorm,
+        layer_specs=layer_specs(config, layers, partial(_layer_spec, arch, config)),
+        layer_norm=NORM,
     )
 
 
@@ -272,7 +286,7 @@ def _build_chunk(
     first = sum(layers[:stage])
     model = HiddenGPTModel(
         config,
-        _block_spec(config, range(first, first + layers[stage])),
+        _block_spec(arch, config, range(first, first + layers[stage])),
         vocab_size=vocab_rows,
         max_sequence_length=arch.max_positions,
         pre_process=stage == 0,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 PAD_TOKEN, EOS_TOKEN = "<pad>", "<eos>"
 
@@ -34,6 +34,9 @@ TINY_MOE: dict[str, Any] = {
     "moe_intermediate_size": 48,
     "norm_topk_prob": True,
 }
+
+# What only models of one `model_type` have; Mistral's class has a window where none is given.
+TINY_FIELDS: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": None}}
 
 # Sizes that 3 tensor-parallel ranks divide, with a vocabulary that nothing divides.
 TP3_CONFIG: dict[str, Any] = {
@@ -66,10 +69,11 @@ ROPE_VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(config_class: type) -> dict[str, Any]:
+def tiny_config(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     """The fields of a tiny model's configuration."""
     moe = TINY_MOE if hasattr(config_class, "moe_intermediate_size") else {}
-    return TINY_CONFIG | moe | {"rope_parameters": dict(ROPE_VARIANTS["default"])}
+    own = TINY_FIELDS.get(config_class.model_type, {})
+    return TINY_CONFIG | moe | own | {"rope_parameters": dict(ROPE_VARIANTS["default"])}
 
 
 def make_tiny_model(

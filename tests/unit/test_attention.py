@@ -17,7 +17,6 @@ from megaopd.data.packing import pack
 from megaopd.models.attention import (  # isort: split
     PackedAttention,
     PackedSequences,
-    RMSNorm,
     _each_sequence,
     key_pieces,
 )

@@ -1,0 +1,60 @@
+"""Norms for Megatron's layers: the local spec's RMSNorm, and a norm behind attention and MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm as Megatron builds one, usable with sequence parallelism, which Megatron's
+    `WrappedTorchNorm` is not.
+
+    Under sequence parallelism a rank norms only its slice of the tokens, so its weight gradient is
+    partial; the mark on the weight makes `finalize_model_grads` sum it over the tensor-parallel
+    group.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
+    ) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class NormedResidual(MegatronModule):
+    """A layer's `bias_dropout_add` that norms what it adds to the residual stream.
+
+    With it as `self_attn_bda` and `mlp_bda`, and the norms before attention and MLP, a layer has
+    "sandwich" norms. It gets the output of attention, MLP or mixture of experts as a whole: reduced
+    over the tensor-parallel ranks, the experts' parts put together. Megatron-Core has no such norm.
+
+    Args:
+        norm: a norm's class, called with config, hidden_size and eps.
+    """
+
+    def __init__(self, config: TransformerConfig, norm: Callable[..., torch.nn.Module]) -> None:
+        super().__init__(config=config)
+        self.norm = norm(
+            config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+        )
+
+    def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
+        """Returns what `get_bias_dropout_add` does, a function of the output with its bias, the
+        residual and the dropout probability."""
+        add = get_bias_dropout_add(training, fused)
+
+        def add_normed(
+            output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float
+        ) -> Tensor:
+            output, bias = output_with_bias
+            assert bias is None  # no family's output projection has one
+            return add((self.norm(output), None), residual, prob)
+
+        return add_normed
