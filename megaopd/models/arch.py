@@ -309,7 +309,7 @@ def _unsupported(
             yield name, value, "use a model with full attention in every layer"
     if not layer_types and getattr(config, "sliding_window", None) is not None:
         name = "use_sliding_window" if raw.get("use_sliding_window") else "sliding_window"
-        yield name, raw.get(name), "use a model with full attention in every layer"
+        yield name, getattr(config, name), "use a model with full attention in every layer"
     rope = config.rope_parameters
     if any(isinstance(value, dict) for value in rope.values()):
         yield "rope_parameters", rope, "use a model with one RoPE for all layers"

@@ -175,7 +175,7 @@ def transformer_config(
 
 
 def _layer_spec(
-    arch: ModelArch, config: TransformerConfig, num_experts: int | None
+    arch: ModelArch, config: TransformerConfig, groups: ParallelGroups, num_experts: int | None
 ) -> ModuleSpec:
     """A layer with a plain MLP (None) or that many experts: TransformerEngine's where it imports,
     else Megatron's local one with our attention."""
@@ -194,17 +194,18 @@ def _layer_spec(
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
     if arch.post_norms:
-        add = ModuleSpec(NormedResidual, params={"config": config, "norm": NORM})
+        given = {"config": config, "norm": NORM, "tp_group": groups.tp}
+        add = ModuleSpec(NormedResidual, params=given)
         layer.submodules.self_attn_bda = layer.submodules.mlp_bda = add
     return layer
 
 
 def _block_spec(
-    arch: ModelArch, config: TransformerConfig, layers: range
+    arch: ModelArch, config: TransformerConfig, groups: ParallelGroups, layers: range
 ) -> TransformerBlockSubmodules:
     """One chunk's layers, by their global indices, and the final norm."""
     return TransformerBlockSubmodules(
-        layer_specs=layer_specs(config, layers, partial(_layer_spec, arch, config)),
+        layer_specs=layer_specs(config, layers, partial(_layer_spec, arch, config, groups)),
         layer_norm=NORM,
     )
 
@@ -286,7 +287,7 @@ def _build_chunk(
     first = sum(layers[:stage])
     model = HiddenGPTModel(
         config,
-        _block_spec(arch, config, range(first, first + layers[stage])),
+        _block_spec(arch, config, groups, range(first, first + layers[stage])),
         vocab_size=vocab_rows,
         max_sequence_length=arch.max_positions,
         pre_process=stage == 0,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -37,10 +38,18 @@ class NormedResidual(MegatronModule):
 
     Args:
         norm: a norm's class, called with config, hidden_size and eps.
+        tp_group: the layer's; its ranks hold the same norm, which Megatron's `sharded_state_dict`
+            then says of it.
     """
 
-    def __init__(self, config: TransformerConfig, norm: Callable[..., torch.nn.Module]) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        norm: Callable[..., torch.nn.Module],
+        tp_group: dist.ProcessGroup,
+    ) -> None:
         super().__init__(config=config)
+        self.tp_group = tp_group
         self.norm = norm(
             config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
         )

@@ -1,6 +1,7 @@
 """config.json -> ModelArch, in both spellings; what is refused; RoPE against transformers' own."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,17 @@ from megaopd.models.families import FAMILIES
 from tests.helpers.tiny_models import ROPE_VARIANTS, TP3_CONFIG, edit_config, tiny_config
 
 MOE = "Qwen3MoeForCausalLM"
+GLM = {"qkv_bias": True, "rope_interleaved": True}
+# What sets a family's tiny model apart from Llama's.
+DIFFERENCES = {
+    "LlamaForCausalLM": {},
+    "MistralForCausalLM": {},
+    "Qwen2ForCausalLM": {"qkv_bias": True},
+    "Qwen3ForCausalLM": {"qk_norm": True},
+    MOE: {"qk_norm": True, "moe": MoEArch(4, 2, 48, True, (0, 1, 2, 3))},
+    "GlmForCausalLM": GLM,
+    "Glm4ForCausalLM": GLM | {"post_norms": True},
+}
 
 
 @pytest.fixture(params=sorted(FAMILIES))
@@ -23,7 +35,7 @@ def family(request):
 def write_config(path, family, **overrides):
     """Writes config.json as transformers 5 does, without a model."""
     config_class = getattr(transformers, family).config_class
-    fields = tiny_config(config_class) | overrides
+    fields = tiny_config(config_class) | {"pad_token_id": 0} | overrides
     config_class(architectures=[family], **fields).save_pretrained(path)
     return path
 
@@ -32,6 +44,7 @@ def to_version_4(path):
     """Rewrites config.json the way transformers 4 spells RoPE and dtype."""
     rope = json.loads((path / "config.json").read_text())["rope_parameters"]
     theta = rope.pop("rope_theta")
+    partial = {k: rope.pop(k) for k in ("partial_rotary_factor",) if k in rope}
     scaling = None
     if rope["rope_type"] != "default":
         scaling = {"type": rope.pop("rope_type"), **rope}
@@ -41,12 +54,24 @@ def to_version_4(path):
         rope_theta=theta,
         rope_scaling=scaling,
         torch_dtype="float32",
+        **partial,
     )
+
+
+def rope_of(family, variant):
+    """`ModelArch.rope` of a family; GLM rotates half a head."""
+    partial = {"partial_rotary_factor": 0.5} if FAMILIES[family].partial_rope else {}
+    return ROPE_VARIANTS[variant] | partial
+
+
+def skip_refused(family, rope):
+    if FAMILIES[family].partial_rope and rope == "yarn":
+        pytest.skip("refused: test_yarn_of_a_part_of_a_head")
 
 
 def test_every_field(tmp_path, family):
     write_config(tmp_path, family, **TP3_CONFIG, tie_word_embeddings=True, rms_norm_eps=3e-5)
-    assert read_arch(tmp_path) == ModelArch(
+    llama = ModelArch(
         family=family,
         num_layers=4,
         hidden_size=72,
@@ -58,20 +83,21 @@ def test_every_field(tmp_path, family):
         max_positions=256,
         norm_eps=3e-5,
         tied=True,
-        qk_norm=family != "LlamaForCausalLM",
+        qk_norm=False,
         qkv_bias=False,
-        rope={"rope_type": "default", "rope_theta": 10_000.0},
-        moe=MoEArch(4, 2, 48, True, (0, 1, 2, 3)) if "Moe" in family else None,
+        rope=rope_of(family, "default"),
     )
+    assert read_arch(tmp_path) == replace(llama, **DIFFERENCES[family])
 
 
 @pytest.mark.parametrize("rope", sorted(ROPE_VARIANTS))
 def test_version_4_reads_like_version_5(tmp_path, family, rope):
+    skip_refused(family, rope)
     write_config(tmp_path, family, rope_parameters=dict(ROPE_VARIANTS[rope]))
     version_5 = read_arch(tmp_path)
     to_version_4(tmp_path)
     assert read_arch(tmp_path) == version_5
-    assert version_5.rope == ROPE_VARIANTS[rope]
+    assert version_5.rope == rope_of(family, rope)
 
 
 def test_absent_fields_have_the_family_defaults(tmp_path):
@@ -93,15 +119,18 @@ def test_rope_variants_cover_the_supported_types():
 @pytest.mark.parametrize("version", [4, 5])
 @pytest.mark.parametrize("rope", sorted(ROPE_VARIANTS))
 def test_rope_is_the_rotary_embedding_of_transformers(tmp_path, family, rope, version):
+    skip_refused(family, rope)
     write_config(tmp_path, family, rope_parameters=dict(ROPE_VARIANTS[rope]))
     if version == 4:
         to_version_4(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     config.num_hidden_layers = 1
     theirs = AutoModelForCausalLM.from_config(config).model.rotary_emb
-    inv_freq, scaling = rope_inv_freq(read_arch(tmp_path))
+    arch = read_arch(tmp_path)
+    inv_freq, scaling = rope_inv_freq(arch)
     assert inv_freq.dtype == torch.float32
-    assert inv_freq.shape == (8,)
+    assert arch.rotary_dim == (8 if FAMILIES[family].partial_rope else 16)
+    assert inv_freq.shape == (arch.rotary_dim // 2,)
     torch.testing.assert_close(inv_freq, theirs.inv_freq, rtol=0, atol=0)
     assert scaling == theirs.attention_scaling
     if rope == "default":
@@ -140,6 +169,11 @@ def test_rope_is_the_rotary_embedding_of_transformers(tmp_path, family, rope, ve
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_what_would_be_computed_wrong_is_refused(tmp_path, family, fields, where, value):
+    has_biases = FAMILIES[family].qkv_bias is not False
+    if (where == "attention_bias" and has_biases) or (
+        where == "partial_rotary_factor" and FAMILIES[family].partial_rope
+    ):
+        pytest.skip(f"{family} has it")
     write_config(tmp_path, family)
     edit_config(tmp_path, **fields)
     with pytest.raises(ConfigError) as caught:
@@ -149,6 +183,47 @@ def test_what_would_be_computed_wrong_is_refused(tmp_path, family, fields, where
     assert value in message
     assert "\n" not in message
     assert len(message) < len(str(tmp_path)) + 250
+
+
+@pytest.mark.parametrize("family", ["GlmForCausalLM", "Glm4ForCausalLM"])
+def test_biases_as_the_file_says(tmp_path, family):
+    """GLM-4's 9B models have them, its 32B ones do not; the class's default is with."""
+    write_config(tmp_path, family)
+    edit_config(tmp_path, remove=("attention_bias",))
+    assert read_arch(tmp_path).qkv_bias is True
+    edit_config(tmp_path, attention_bias=False)
+    assert read_arch(tmp_path).qkv_bias is False
+    assert read_arch(write_config(tmp_path, "Qwen2ForCausalLM")).qkv_bias is True
+
+
+def test_a_part_of_a_head_is_rotated(tmp_path):
+    write_config(tmp_path, "Glm4ForCausalLM")
+    edit_config(tmp_path, rope_parameters=ROPE_VARIANTS["default"] | {"partial_rotary_factor": 1.0})
+    assert read_arch(tmp_path).rotary_dim == 16
+    for factor, rotary_dim in ((0.2, 3), (0.0, 0), (1.5, 24)):
+        rope = ROPE_VARIANTS["default"] | {"partial_rotary_factor": factor}
+        edit_config(tmp_path, rope_parameters=rope)
+        with pytest.raises(CheckpointError, match=f"rotates {rotary_dim} of 16 features"):
+            read_arch(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["GlmForCausalLM", "Glm4ForCausalLM"])
+def test_yarn_of_a_part_of_a_head(tmp_path, family):
+    write_config(tmp_path, family, rope_parameters=dict(ROPE_VARIANTS["yarn"]))
+    with pytest.raises(ConfigError, match='rope_type: "yarn" is not supported'):
+        read_arch(tmp_path)
+
+
+def test_the_window_of_mistral(tmp_path):
+    """Version 0.1 has one, and the class where the file does not say; later versions have none."""
+    write_config(tmp_path, "MistralForCausalLM")
+    assert read_arch(tmp_path).num_layers == 4
+    edit_config(tmp_path, sliding_window=8)
+    with pytest.raises(ConfigError, match="sliding_window: 8 is not supported"):
+        read_arch(tmp_path)
+    edit_config(tmp_path, remove=("sliding_window",))
+    with pytest.raises(ConfigError, match="sliding_window: 4096 is not supported"):
+        read_arch(tmp_path)
 
 
 def test_sliding_window(tmp_path):

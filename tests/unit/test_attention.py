@@ -211,35 +211,3 @@ def test_a_lone_token_gets_its_own_value():
 def test_what_is_not_packed_is_refused(packed):
     with pytest.raises(ValueError, match="packed"):
         _attention(4, 2)(*_inputs(4, 2), packed_seq_params=packed)
-
-
-def _norm(dtype: torch.dtype, sequence_parallel: bool = False) -> RMSNorm:
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=64,
-        num_attention_heads=4,
-        tensor_model_parallel_size=2,
-        sequence_parallel=sequence_parallel,
-        params_dtype=dtype,
-    )
-    return RMSNorm(config, 64, eps=1e-3, persist_layer_norm=False)
-
-
-@pytest.mark.parametrize("sequence_parallel", [True, False])
-def test_the_norm_tells_megatron_whether_its_gradient_is_partial(sequence_parallel):
-    weight = _norm(torch.float32, sequence_parallel).weight
-    assert weight.sequence_parallel is sequence_parallel
-
-
-@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.bfloat16, 2**-7)])
-def test_rms_norm(dtype, rtol):
-    norm = _norm(dtype)
-    assert norm.weight.dtype == dtype
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        norm.weight.copy_(1 + 0.2 * torch.randn(64, generator=generator))
-    x = (0.05 * torch.randn(7, 64, generator=generator)).to(dtype)  # where eps matters
-    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-3).sqrt()
-    out = norm(x)
-    assert out.dtype == dtype
-    torch.testing.assert_close(out.double(), exact * norm.weight.double(), rtol=rtol, atol=0)
