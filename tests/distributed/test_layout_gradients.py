@@ -35,7 +35,12 @@ from tests.helpers.tiny_models import make_tiny_model
 VOCAB_SIZE = 509
 NUM_LAYERS = 5
 TEACHER_HIDDEN = 48
-FAMILIES_BY_HEAD = {"untied": "Qwen3ForCausalLM", "tied": "LlamaForCausalLM"}
+# The last one, untied too, has QKV biases, and norms behind attention and MLP.
+FAMILIES_BY_HEAD = {
+    "untied": "Qwen3ForCausalLM",
+    "tied": "LlamaForCausalLM",
+    "sandwich": "Glm4ForCausalLM",
+}
 EMBEDDING = "model.embed_tokens.weight"
 
 TWO_RANKS = {

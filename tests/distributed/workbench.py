@@ -28,7 +28,12 @@ from megaopd.models.arch import read_arch
 from tests.helpers.tiny_models import make_tiny_model
 
 VOCAB_SIZE = 509
-FAMILIES_BY_HEAD = {"untied": "Qwen3ForCausalLM", "tied": "LlamaForCausalLM"}
+# The last one, untied too, has QKV biases, and norms behind attention and MLP.
+FAMILIES_BY_HEAD = {
+    "untied": "Qwen3ForCausalLM",
+    "tied": "LlamaForCausalLM",
+    "sandwich": "Glm4ForCausalLM",
+}
 
 # Parameter's canonical name -> this rank's shard of its gradient.
 Gradients = dict[str, Tensor]
