@@ -76,6 +76,26 @@ def test_qwen3_8b_is_counted_exactly() -> None:
     assert total_parameters(find_arch("Qwen3-32B", "teacher")) == 32_762_123_264
 
 
+@pytest.mark.parametrize(
+    ("family", "fields", "wanted"),
+    [  # Qwen2.5-7B, Mistral-7B-v0.3, GLM-4-9B, GLM-4-9B-0414
+        ("Qwen2", (28, 3584, 28, 4, 18_944, 152_064), 7_615_616_512),
+        ("Mistral", (32, 4096, 32, 8, 14_336, 32_768), 7_248_023_552),
+        ("Glm", (40, 4096, 32, 2, 13_696, 151_552), 9_399_951_360),
+        ("Glm4", (40, 4096, 32, 2, 13_696, 151_552), 9_400_279_040),
+    ],
+)
+def test_published_models_are_counted_exactly(
+    tmp_path: Path, family: str, fields: tuple[int, ...], wanted: int
+) -> None:
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
+    config = dict(zip((*names, "intermediate_size", "vocab_size"), fields, strict=True))
+    more = {"rms_norm_eps": 1e-5, "max_position_embeddings": 32_768, "sliding_window": None}
+    config |= more | {"architectures": [f"{family}ForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert total_parameters(find_arch(str(tmp_path), "student")) == wanted
+
+
 def test_a_token_of_a_mixture_meets_its_top_k_experts_alone() -> None:
     arch = find_arch("Qwen3-30B-A3B", "student")
     attention = 2048 * (32 + 4 + 4) * 128 + 32 * 128 * 2048 + 2 * 2048 + 2 * 128
