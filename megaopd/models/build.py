@@ -27,7 +27,7 @@ from megaopd.config import ParallelConfig
 from megaopd.models.arch import ModelArch, rope_inv_freq
 from megaopd.models.attention import PackedAttention, PackedSequences
 from megaopd.models.moe import layer_specs, mark_experts, moe_config
-from megaopd.models.norms import NormedResidual, RMSNorm
+from megaopd.models.norms import NormedResidual, RMSNorm, keep_grad_mode
 from megaopd.parallel.groups import ParallelGroups
 from megaopd.parallel.layout import Layout
 
@@ -300,6 +300,7 @@ def _build_chunk(
     )
     _mark_shards(model)
     mark_experts(model)
+    keep_grad_mode(model.decoder.layers)
     if config.recompute_granularity == "full" and model.pre_process:
         model.embedding.register_forward_hook(_require_grad)
     inv_freq, _ = rope_inv_freq(arch)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -67,3 +68,14 @@ class NormedResidual(MegatronModule):
             return add((self.norm(output), None), residual, prob)
 
         return add_normed
+
+
+def keep_grad_mode(layers: Iterable[torch.nn.Module]) -> None:
+    """Lets layers add to the residual stream under the caller's grad mode.
+
+    Megatron enables gradients there, under `torch.no_grad` too. A sum keeps no tensors, but the
+    norm of a `NormedResidual` would keep its input, layer after layer, until the end of a forward
+    pass that has no backward.
+    """
+    for layer in layers:
+        layer.bias_dropout_add_exec_handler = nullcontext  # type: ignore[assignment]

@@ -95,6 +95,9 @@ def _check_model(case: Case) -> Outcome:
     for chunk in chunks:
         chunk.eval()
 
+    with_graph: list[bool] = []  # of every layer's output; a forward pass alone keeps none
+    for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
+        layer.register_forward_hook(lambda _, args, out: with_graph.append(out[0].requires_grad))
     difference = magnitude = None
     collected = []
     if case.dtype == "fp32":
@@ -106,6 +109,8 @@ def _check_model(case: Case) -> Outcome:
             groups,
             lambda i, b, hidden: hidden @ chunks[-1].head.T,
         )
+        assert with_graph
+        assert not any(with_graph)
     if collected and groups.is_last_stage:
         shards = [torch.empty_like(collected[0]) for _ in range(parallel.tensor)]
         dist.all_gather(shards, collected[0].contiguous(), group=groups.tp)
