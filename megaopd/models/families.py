@@ -123,6 +123,13 @@ GLM4_NORMS = PRE_NORMS | {
     "mlp_bda.norm": "post_mlp_layernorm",
 }
 
+GEMMA3_NORMS = {
+    "input_layernorm": "input_layernorm",
+    "self_attn_bda.norm": "post_attention_layernorm",
+    "pre_mlp_layernorm": "pre_feedforward_layernorm",
+    "mlp_bda.norm": "post_feedforward_layernorm",
+}
+
 block_norms = layer_norms(PRE_NORMS)
 split_mlp, fused_mlp = gated_mlp("gate_proj", "up_proj"), gated_mlp("gate_up_proj")
 
@@ -143,6 +150,8 @@ class Family:
             `partial_rotary_factor` gives.
         rope_interleaved: the features that are rotated together lie side by side, not half a head
             apart.
+        zero_centered_norm: norms multiply by 1 + their weight.
+        scaled_embedding: embeddings are multiplied by sqrt(hidden_size).
         layer: the pieces of a decoder layer.
         moe_layer: the pieces of a decoder layer whose MLP is a mixture of experts; empty for a
             family that has none.
@@ -152,6 +161,8 @@ class Family:
     qk_norm: bool = False
     qkv_bias: bool | None = False
     post_norms: bool = False
+    zero_centered_norm: bool = False
+    scaled_embedding: bool = False
     partial_rope: bool = False
     rope_interleaved: bool = False
     layer: tuple[Piece, ...] = (block_norms, attention, split_mlp)
@@ -181,6 +192,14 @@ FAMILIES: dict[str, Family] = {
         partial_rope=True,
         rope_interleaved=True,
         layer=(layer_norms(GLM4_NORMS), attention, fused_mlp),
+    ),
+    "Gemma3ForCausalLM": Family(
+        "Gemma3TextConfig",
+        qk_norm=True,
+        post_norms=True,
+        zero_centered_norm=True,
+        scaled_embedding=True,
+        layer=(layer_norms(GEMMA3_NORMS), attention, split_mlp),
     ),
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -21,6 +22,9 @@ class RMSNorm(torch.nn.RMSNorm):
     Under sequence parallelism a rank norms only its slice of the tokens, so its weight gradient is
     partial; the mark on the weight makes `finalize_model_grads` sum it over the tensor-parallel
     group.
+
+    With `layernorm_zero_centered_gamma` it multiplies by 1 + weight, in fp32 or better, and rounds
+    only the product.
     """
 
     def __init__(
@@ -28,6 +32,14 @@ class RMSNorm(torch.nn.RMSNorm):
     ) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.zero_centered = config.layernorm_zero_centered_gamma
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.zero_centered:
+            return super().forward(x)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        weight = 1.0 + self.weight.to(exact)
+        return F.rms_norm(x.to(exact), self.normalized_shape, weight, self.eps).to(x.dtype)
 
 
 class NormedResidual(MegatronModule):

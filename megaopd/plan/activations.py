@@ -72,7 +72,8 @@ def layer_widths(
         mlp_saved, mlp_working = _experts(arch, parallel, b, shard, fused)
     else:
         f = arch.ffn_hidden_size / tp
-        mlp_saved = b * (h * shard + _gated(f, fused))
+        # Megatron's configuration fuses no other activation.
+        mlp_saved = b * (h * shard + _gated(f, fused and arch.activation == "silu"))
         mlp_working = b * (h + 3 * f)
     working = b * 2 * h + max(b * (qkv + rotated + out), mlp_working)
     return Widths(saved + mlp_saved, attention_bytes, b * h * shard, working)

@@ -219,6 +219,48 @@ def test_bf16_is_loaded_to_the_bit(tmp_path):
     _run(cases)
 
 
+# Windows shorter than the sequences: of some layers, of all, and as a mixture has it.
+WINDOWS = {
+    "later_layers": (
+        "Qwen3ForCausalLM",
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+    ),
+    "some_layers": (
+        "Qwen3ForCausalLM",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 3,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    "all_layers": (MOE, {"use_sliding_window": True, "sliding_window": 2}),
+}
+
+
+def _windows(folder: Path, layouts: list[ParallelConfig]) -> list[Case]:
+    cases = []
+    for name, (family, fields) in WINDOWS.items():
+        path = make_tiny_model(folder / name, family, vocab_size=509, **fields)
+        window = read_arch(path).window
+        assert window is not None
+        assert window.size == fields["sliding_window"]
+        cases += [Case(str(path), parallel) for parallel in layouts]
+    return cases
+
+
+def test_windows_on_one_rank(tmp_path):
+    _run(_windows(tmp_path, [ParallelConfig()]))
+
+
+def test_windows_on_two_ranks(tmp_path):
+    layouts = [
+        ParallelConfig(tensor=2, sequence_parallel=True),
+        ParallelConfig(pipeline=2, layers_per_stage=(1, 3)),
+        ParallelConfig(pipeline=2, virtual_pipeline=2),
+    ]
+    _run(_windows(tmp_path, layouts))
+
+
 MIXTURES = {
     "normalised": {"norm_topk_prob": True},
     "not_normalised": {"norm_topk_prob": False},

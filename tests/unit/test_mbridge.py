@@ -36,6 +36,7 @@ mbridge = pytest.importorskip(
 
 from mbridge.core.parallel_states import ParallelStates  # noqa: E402
 from mbridge.models import (  # noqa: E402
+    Gemma3Bridge,
     Glm4VLBridgeDense,
     LLaMABridge,
     Qwen2Bridge,
@@ -49,6 +50,14 @@ class Glm4Bridge(Glm4VLBridgeDense):
 
     def _build_config(self) -> Any:
         return self._build_base_config()
+
+
+class Gemma3TextBridge(Gemma3Bridge):
+    """mbridge has Gemma 3 as the language model of its multimodal one."""
+
+    def _build_config(self) -> Any:
+        self.hf_config.text_config = self.hf_config
+        return self._build_base_config(rope_local_base_freq=10_000.0)
 
 
 # Our name of a parameter -> mbridge's, which is TransformerEngine's.
@@ -108,6 +117,17 @@ PEERS = {
         },
         prefix="language_model.",
         hf_prefix=("model.language_model.", "model."),
+        vocab_size=512,
+    ),
+    "Gemma3ForCausalLM": Peer(
+        Gemma3TextBridge,
+        FUSED_NORMS
+        | {
+            ".self_attn_bda.norm.weight": ".post_attention_layernorm.weight",
+            ".mlp_bda.norm.weight": ".post_feedforward_layernorm.weight",
+        },
+        prefix="language_model.",
+        hf_prefix=("language_model.model.", "model."),
         vocab_size=512,
     ),
 }

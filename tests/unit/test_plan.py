@@ -13,6 +13,7 @@ import pytest
 
 from megaopd.config import Config, ParallelConfig, TeacherConfig
 from megaopd.errors import ConfigError, MegaOPDError
+from megaopd.models.arch import WindowArch
 from megaopd.plan import cost, memory, traffic
 from megaopd.plan.__main__ import main
 from megaopd.plan.activations import in_flight, layer_widths, training_activations
@@ -316,6 +317,14 @@ def test_cost_model_counts_flops() -> None:
     seconds, bubble = cost.teacher_seconds(pipelined, machine)
     count = pipelined.num_micro_batches(ParallelConfig(pipeline=2), 8192)
     assert bubble == pytest.approx(seconds / (count + 1))
+
+
+@pytest.mark.parametrize("window", [1, 5, 64, 100])
+def test_a_window_costs_what_it_sees(window: int) -> None:
+    arch = replace(find_arch("Qwen3-8B", "student.path"), window=WindowArch(window, (1,)))
+    products, full = cost.layer_flops(arch, 0, 64)
+    seen = sum(min(t, window) for t in range(64)) + min(64, window) / 2  # half of the diagonal
+    assert cost.layer_flops(arch, 1, 64) == (products, pytest.approx(full * seen / (64 * 64 / 2)))
 
 
 def test_bandwidth_knows_nodes_and_adapters() -> None:
