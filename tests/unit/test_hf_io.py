@@ -53,6 +53,8 @@ def local_shape(name, arch, tp_size, padded_vocab_size):
     q, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
     ffn = arch.moe.ffn_hidden_size if ".experts." in name else arch.ffn_hidden_size
+    if name.endswith("linear_qkv.bias"):
+        return ((q + 2 * kv) // tp_size,)
     return {
         "word_embeddings": (padded_vocab_size // tp_size, arch.hidden_size),
         "output_layer": (padded_vocab_size // tp_size, arch.hidden_size),
