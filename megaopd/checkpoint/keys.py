@@ -33,7 +33,8 @@ _CANONICAL_EXPERT = re.compile(r"^mlp\.experts\.(?P<expert>\d+)\.(?P<rest>.+)$")
 # What a checkpoint of a training holds besides the model.
 _NOT_THE_MODEL = re.compile(r"(^|\.)(optimizer|rng_state|rerun_state_machine_state)([./]|$)")
 
-# The layer's own name of a norm -> the one it is stored by.
+# The layer's own name of a norm -> the one it is stored by, that of the linear layer behind it. The
+# norm before a mixture of experts has no such layer.
 _STORED_NORMS = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
@@ -118,7 +119,9 @@ def _stored(name: str, shape: Shape, arch: ModelArch) -> StoredParam:
         assert arch.moe is not None
         rest = f"mlp.experts.experts.{expert['rest']}"
         axes.append((int(expert["expert"]), arch.moe.num_experts))
-    return _block(f"{prefix}.{_STORED_NORMS.get(rest, rest)}", axes, shape)
+    if not (arch.is_moe_layer(layer) and rest.startswith("pre_mlp_layernorm.")):
+        rest = _STORED_NORMS.get(rest, rest)
+    return _block(f"{prefix}.{rest}", axes, shape)
 
 
 def _block(key: str, axes: list[tuple[int, int]], shape: Shape) -> StoredParam:

@@ -66,7 +66,7 @@ class MegatronReader(WeightSource):
         self.path = find_checkpoint(path, step)
         listed = read_manifest(self.path)
         check_listing(self.path, listed)
-        verify_manifest(self.path, _SMALL_FILES & listed.keys())
+        verify_manifest(self.path, [n for n in _SMALL_FILES if (self.path / n).exists()])
         if METADATA not in listed:
             raise CheckpointError(
                 str(self.path / METADATA), "is missing", "give a torch_dist checkpoint"

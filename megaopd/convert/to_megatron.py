@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from megaopd.checkpoint.keys import StoredParam, stored_params
+from megaopd.checkpoint.torch_dist import ChunkFile, WrittenChunk, write_metadata
 from megaopd.convert.finite import check_finite, finite_reader
 from megaopd.convert.output import check_apart, write_together
 from megaopd.convert.progress import Progress
 from megaopd.convert.ranks import Ranks
-from megaopd.convert.torch_dist import ChunkFile, WrittenChunk, write_metadata
 from megaopd.errors import CheckpointError, ConfigError
 from megaopd.models.arch import ModelArch, read_arch
 from megaopd.models.families import param_mappings

@@ -204,6 +204,9 @@ def _layer_spec(
         attention.core_attention = PackedAttention
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
+        if num_experts is not None:
+            # TransformerEngine has no linear layer to keep this norm in; checkpoints call it alike.
+            layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     if arch.post_norms:
         given = {"config": config, "norm": NORM, "tp_group": groups.tp}
         add = ModuleSpec(NormedResidual, params=given)

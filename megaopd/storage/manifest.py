@@ -86,7 +86,8 @@ def verify_manifest(
     """Compares files with the manifest; nothing is read from them but bytes.
 
     Args:
-        names: the files to compare; None is all, and then no other file may be there.
+        names: the files to compare; None is all, and then no other file may be there that is not
+            hidden.
         progress: called with the number of bytes hashed since its last call, by one thread at a
             time.
 
@@ -125,6 +126,8 @@ def check_listing(
             )
     if names is None:
         for name in sorted(present - set(listed)):
+            if name.startswith("."):  # such as a download tool's .cache/; nobody reads it
+                continue
             raise CheckpointError(
                 str(directory / name),
                 f"is not listed in {MANIFEST}",

@@ -120,6 +120,9 @@ def test_truncated_missing_and_additional_files(directory):
     with pytest.raises(CheckpointError, match="hf/more.json: is not listed in SHA256SUMS"):
         verify_manifest(directory, ["hf/more.json"])
     (directory / "hf/more.json").unlink()
+    (directory / ".cache").mkdir()
+    (directory / ".cache/download.lock").write_bytes(b"")
+    verify_manifest(directory)
     (directory / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match="SHA256SUMS: is missing"):
         verify_manifest(directory)

@@ -98,7 +98,7 @@ def run_child(result: Path, argv: list[str]) -> None:
     cli.use_huge_pages()
     import torch.distributed as dist
 
-    import megaopd.convert.to_hf  # noqa: F401 - what a conversion imports
+    import megaopd.convert.to_hf
     import megaopd.convert.to_megatron  # noqa: F401
     from megaopd.convert.ranks import Ranks
 
