@@ -275,8 +275,9 @@ class Vocab:
         """Returns rows [rows.start, rows.stop) in memory of their own; past the vocabulary 0."""
         real = slice(min(rows.start, self.vocab_size), min(rows.stop, self.vocab_size))
         found = read(0, rows=real)
-        out = found.new_zeros(rows.stop - rows.start, self.hidden_size)
+        out = found.new_empty(rows.stop - rows.start, self.hidden_size)
         out[: len(found)] = found
+        out[len(found) :] = 0
         return out
 
     def export(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:

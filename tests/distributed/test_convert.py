@@ -19,6 +19,8 @@ from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import run_command
 from tests.helpers.tiny_models import edit_config, make_tiny_model
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = "model.safetensors"
 
 

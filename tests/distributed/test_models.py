@@ -281,6 +281,7 @@ def test_mixtures_on_one_rank(tmp_path):
     _run(_mixtures(tmp_path, [ParallelConfig()]))
 
 
+@pytest.mark.slow
 def test_mixtures_on_two_ranks(tmp_path):
     layouts = [
         ParallelConfig(expert=2),
@@ -291,6 +292,7 @@ def test_mixtures_on_two_ranks(tmp_path):
     _run(_mixtures(tmp_path, layouts))
 
 
+@pytest.mark.slow
 def test_mixtures_on_four_ranks(tmp_path):
     layouts = [
         ParallelConfig(tensor=2, expert=2, sequence_parallel=True),
@@ -308,6 +310,7 @@ def test_fused_experts(tmp_path):
     _run([Case(str(tmp_path / "fused"), ParallelConfig(expert=2, expert_tensor=1))])
 
 
+@pytest.mark.slow
 def test_three_ranks(tmp_path):
     cases = []
     for family in ("LlamaForCausalLM", MOE):

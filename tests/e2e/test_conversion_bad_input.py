@@ -28,6 +28,8 @@ from megaopd.storage.manifest import MANIFEST, write_manifest
 from tests.helpers.runs import run_command
 from tests.helpers.tiny_models import edit_config, make_tiny_model
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 KEY, NORM = "model.layers.1.self_attn.k_proj.weight", "model.norm.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -374,7 +376,6 @@ def _flips(folder: Path, number: int) -> Iterator[tuple[Path, int, int]]:
         yield file, rng.randrange(file.stat().st_size), rng.randrange(8)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("side", ["megatron", "export"])
 def test_200_flipped_bits_are_200_refusals(bench, side):
     """Before anything is read from the file but its bytes."""
@@ -564,7 +565,6 @@ PROCESSES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("process", PROCESSES)
 def test_process(bench, process):
     status, says, damage, limit, words = PROCESSES[process]
@@ -582,7 +582,6 @@ def test_process(bench, process):
             assert " are free" in line
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("process", ["truncated", "full disk, to Megatron"])
 def test_two_ranks_say_it_once(bench, process):
     status, says, damage, limit, words = PROCESSES[process]

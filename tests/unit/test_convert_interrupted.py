@@ -20,6 +20,8 @@ from megaopd.storage.steps import complete_steps, find_checkpoint
 from tests.helpers.tiny_models import make_tiny_model
 from tests.unit.test_convert_round_trip import assert_same_model, files_in
 
+pytestmark = pytest.mark.slow
+
 KILLS = 6
 
 # Its server has imported everything before it forks: a process starts in milliseconds.

@@ -142,7 +142,7 @@ def convert(work: Path, num_processes: int, argv: list[str]) -> dict[str, float]
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(num_processes)]
     command += [str(Path(__file__).resolve()), "--child", str(result), *argv]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_processes))}
     started = time.perf_counter()
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
     process = time.perf_counter() - started
