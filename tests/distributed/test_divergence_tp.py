@@ -281,6 +281,7 @@ def test_a_failure_ends_all_ranks_with_the_childs_traceback():
         run_distributed(fails_on_rank_1, 2, timeout_s=60)
 
 
+@pytest.mark.slow
 def test_a_hang_ends_at_the_time_limit():
     with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] of 2"):
         run_distributed(hangs, 2, timeout_s=8)

@@ -341,6 +341,7 @@ def _check(by_rank: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("layout", ["tp2_sp", "pp2_vp2", "cp2", "dp2"])
+@pytest.mark.slow
 def test_the_gradients_of_one_rank(two_ranks_quick, layout):
     _check([rank[layout] for rank in two_ranks_quick])
 

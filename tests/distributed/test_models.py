@@ -210,6 +210,7 @@ def test_two_ranks(tmp_path):
     _run(cases)
 
 
+@pytest.mark.slow
 def test_bf16_is_loaded_to_the_bit(tmp_path):
     cases = []
     for family in sorted(FAMILIES):
@@ -248,10 +249,12 @@ def _windows(folder: Path, layouts: list[ParallelConfig]) -> list[Case]:
     return cases
 
 
+@pytest.mark.slow
 def test_windows_on_one_rank(tmp_path):
     _run(_windows(tmp_path, [ParallelConfig()]))
 
 
+@pytest.mark.slow
 def test_windows_on_two_ranks(tmp_path):
     layouts = [
         ParallelConfig(tensor=2, sequence_parallel=True),
@@ -277,6 +280,7 @@ def _mixtures(folder: Path, layouts: list[ParallelConfig]) -> list[Case]:
     return cases
 
 
+@pytest.mark.slow
 def test_mixtures_on_one_rank(tmp_path):
     _run(_mixtures(tmp_path, [ParallelConfig()]))
 
@@ -302,6 +306,7 @@ def test_mixtures_on_four_ranks(tmp_path):
     _run(_mixtures(tmp_path, layouts))
 
 
+@pytest.mark.slow
 def test_fused_experts(tmp_path):
     """As transformers 5 saves them with save_original_format=False."""
     path = make_tiny_model(tmp_path / "apart", MOE, vocab_size=509)

@@ -326,6 +326,7 @@ def generate_on_rank(rank: int, world_size: int, path: str, params: SamplingPara
     return results, num_generated
 
 
+@pytest.mark.slow
 def test_ranks_share_out_the_samples_and_all_get_all(tmp_path):
     path = make_tiny_model(tmp_path, "LlamaForCausalLM")
     params = replace(PARAMS, n=2, stop_token_ids=tuple(range(0, VOCAB, 16)))

@@ -95,7 +95,7 @@ def run_child(result: Path, argv: list[str]) -> None:
     """Converts in this process, which is one of the measured, and notes time and memory."""
     from megaopd.convert import cli
 
-    cli.use_huge_pages()
+    cli.keep_memory()
     import torch.distributed as dist
 
     import megaopd.convert.to_hf
