@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import os
 import re
 import signal
@@ -97,7 +95,7 @@ def main(argv: list[str]) -> None:
 def run(argv: list[str] | None = None) -> None:
     """The process: errors become one line and an exit status, an interruption leaves nothing."""
     argv = sys.argv[1:] if argv is None else argv
-    keep_memory()
+    use_huge_pages()
     try:
         run_cli(main, argv)
     except KeyboardInterrupt:
@@ -110,22 +108,13 @@ def run(argv: list[str] | None = None) -> None:
         sys.modules["torch"].distributed.destroy_process_group()
 
 
-# glibc's malloc.h
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+def use_huge_pages() -> None:
+    """Lets torch take memory in huge pages; to be called before torch is imported.
 
-
-def keep_memory() -> None:
-    """Lets one parameter have the memory of the last; to be called before torch is imported.
-
-    Fresh memory takes a large part of a conversion: the kernel clears a page at its first
-    touch, several times slower than it is filled afterwards. So large blocks come from the heap,
-    which is not given back, instead of from mappings of their own, and in huge pages.
+    Every parameter gets fresh memory, and in pages of 4 KiB its first touch takes several times as
+    long as filling it.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def _end(number: int, frame: Any) -> NoReturn:

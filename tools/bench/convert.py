@@ -95,7 +95,7 @@ def run_child(result: Path, argv: list[str]) -> None:
     """Converts in this process, which is one of the measured, and notes time and memory."""
     from megaopd.convert import cli
 
-    cli.keep_memory()
+    cli.use_huge_pages()
     import torch.distributed as dist
 
     import megaopd.convert.to_hf
