@@ -65,6 +65,24 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Completion:
+    """What a model added to a sequence of tokens in one go.
+
+    Attributes:
+        ids: the sampled token ids, the stop token included.
+        logprobs: their log-probabilities under the sampler's temperature-scaled, un-truncated
+            softmax; as many as `ids`.
+        finish_reason: "stop" (a stop token was sampled) or "length".
+        versions: the version of the weights that sampled each token; as many as `ids`.
+    """
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+    versions: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How to sample. `temperature=0` is greedy; `top_k=0` and `top_p=1` leave the softmax whole.
 
