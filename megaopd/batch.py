@@ -48,7 +48,9 @@ class Sample:
             temperature-scaled, un-truncated softmax.
         response_mask: R flags; False on tokens that the model did not produce (tool output).
         finish_reason: "stop" (a stop token was sampled) or "length".
-        weight_version: the version of the weights that sampled it.
+        weight_version: the version of the weights that sampled it; of several, the oldest.
+        token_versions: R versions, where the weights changed on the way (a partial rollout); empty
+            says that they are all weight_version. Off the mask they mean nothing.
     """
 
     prompt: Prompt
@@ -58,10 +60,17 @@ class Sample:
     response_mask: tuple[bool, ...]
     finish_reason: str
     weight_version: int
+    token_versions: tuple[int, ...] = ()
 
     @property
     def sample_id(self) -> str:
         return f"{self.prompt.prompt_id}/{self.index}"
+
+    @property
+    def model_token_versions(self) -> list[int]:
+        """The version of the weights that sampled each token that the model produced."""
+        versions = self.token_versions or (self.weight_version,) * len(self.response_ids)
+        return [v for v, own in zip(versions, self.response_mask, strict=True) if own]
 
 
 @dataclass(frozen=True)

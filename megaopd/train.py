@@ -259,7 +259,9 @@ ENGINES: dict[str, Callable[[Config, ParallelGroups], RolloutEngine]] = {
 }
 
 
-def _recorder(config: Config, is_main: bool) -> Callable[[int, Sequence[Sample]], None] | None:
+def _recorder(
+    config: Config, is_main: bool
+) -> Callable[[int, Sequence[Prompt], Sequence[Sample]], None] | None:
     from megaopd.rollout.recorded import SampleRecorder
 
     if not config.rollout.record or not is_main:

@@ -21,6 +21,7 @@ from transformers.initialization import no_init_weights
 
 from megaopd.batch import Prompt, Sample, SamplingParams
 from megaopd.errors import CheckpointError, RolloutError
+from megaopd.rollout.deferred import DeferredRollout
 from megaopd.rollout.sampling import check_sampling_params, sample_tokens, sample_uniforms
 
 # A shorter common prefix is not worth a forward pass of its own.
@@ -90,6 +91,7 @@ class EmbeddedEngine:
         self.batch_size = batch_size
         self.rank, self.world_size, self.group = rank, world_size, group
         self.weight_version = 0 if pretrained else -1
+        self.metrics: dict[str, float] = {}
         self._complete = pretrained
 
     @classmethod
@@ -129,6 +131,10 @@ class EmbeddedEngine:
             )
         self._complete, self.weight_version = True, version
 
+    def start(self, prompts: Sequence[Prompt], params: SamplingParams) -> DeferredRollout:
+        """The trainer has the processes meanwhile: samples when the result is asked for."""
+        return DeferredRollout(self, prompts, params)
+
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Sample]:
         """Samples `params.n` responses per prompt; collective, the result is on every rank.
 
@@ -151,6 +157,9 @@ class EmbeddedEngine:
         for other in self._exchange(responses):
             responses.update(other)
         return [self._sample(jobs[j], responses[j]) for j in range(len(jobs))]
+
+    def close(self) -> None:
+        """Nothing to do: it goes with the process."""
 
     def _check(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
         check_sampling_params(params)
