@@ -150,7 +150,8 @@ class OPDTrainer:
         with timer.phase("weight_sync"):
             if not result.skipped:
                 self.teacher.follow(self.student)
-                self.weight_sync.sync(self.student, self.engine, version=step)
+                version = self.engine.weight_version + 1
+                self.weight_sync.sync(self.student, self.engine, version)
 
         utilisation = self.batching.utilisation(samples, assignment)
         self._log_step(
@@ -174,7 +175,7 @@ class OPDTrainer:
             self._rollouts.append((prompts, self.engine.start(prompts, params)))
 
     def _staleness(self, step: int, samples: Sequence[Sample]) -> dict[str, float]:
-        """How many versions older than the weights that they train the sampled tokens are.
+        """How many updates older than the weights that they train the sampled tokens are.
 
         Raises:
             RolloutError: a sample is older than `rollout.max_staleness`, or there is none.
