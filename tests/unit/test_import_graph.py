@@ -23,7 +23,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megaopd"
 # models.mapping is a room of its own, outside models.
 LAYERS = (
     ("errors", "logger", "memory", "parallel.cpu"),
-    ("config config_compose config_layouts config_rollout config_schema config_validate", "batch"),
+    ("config config_compose config_layouts config_rollout config_schema config_servers config_validate", "batch"),
     ("parallel.layout",),
     ("protocols", "metrics", "data", "parallel"),
     ("losses", "rewards", "rollout", "weight_sync", "models.mapping models.families"),
