@@ -21,6 +21,7 @@ import os
 import runpy
 import signal
 import sys
+from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
@@ -37,10 +38,8 @@ def die_with(parent: int) -> None:
 
 def known_flags() -> set[str]:
     """All flags of this version's server, whether or not its help shows them."""
-    from sglang.srt.server_args import ServerArgs
-
     parser = argparse.ArgumentParser()
-    ServerArgs.add_cli_args(parser)
+    import_module("sglang.srt.server_args").ServerArgs.add_cli_args(parser)
     return set(parser._option_string_actions)
 
 

@@ -1,4 +1,4 @@
-"""SGLang servers as children of this process: started, seen ready, stopped, started again.
+"""One SGLang server as a child of this process: started, seen ready, stopped.
 
 A server lives in a session of its own, so that stopping its process group leaves nothing behind,
 and the kernel kills it when this process dies, however it dies. How its requests go is the client's
@@ -7,17 +7,14 @@ and the pool's business.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import getpass
-import ipaddress
 import json
 import os
 import secrets
 import selectors
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -30,6 +27,7 @@ import psutil  # type: ignore[import-untyped]
 
 from megaopd.errors import RolloutError
 from megaopd.logger import get_logger
+from megaopd.rollout.sglang.address import check_not_public, free_port
 from megaopd.rollout.sglang.flags import (
     DEVICE_ENVIRONMENT,
     SECRET_FLAGS,
@@ -111,7 +109,7 @@ class SGLangServer:
         """
         self.stop()
         check_not_public(self.spec.host)
-        port = _free_port(self.spec.host)
+        port = free_port(self.spec.host)
         host = f"[{self.spec.host}]" if ":" in self.spec.host else self.spec.host
         self.url = f"http://{host}:{port}"
         order = {
@@ -292,149 +290,10 @@ class SGLangServer:
         return (telling or lines or ["its log is empty"])[-1][:300]
 
 
-class ServerFleet:
-    """The servers that this run starts. Restarts wait longer each time, and end.
-
-    Args:
-        servers: not started yet.
-        max_restarts: restarts of one server in a row after which it is retired.
-        stable_s: a server that ran this long breaks the row.
-        first_delay_s: the wait before the second restart in a row; it doubles up to a minute. The
-            first restart does not wait.
-
-    Attributes:
-        retired: indices of the servers that are given up.
-    """
-
-    def __init__(
-        self,
-        servers: list[SGLangServer],
-        *,
-        max_restarts: int = 10,
-        stable_s: float = 300.0,
-        first_delay_s: float = 1.0,
-    ) -> None:
-        self.servers = servers
-        self.retired: set[int] = set()
-        self._max_restarts = max_restarts
-        self._stable_s = stable_s
-        self._first_delay_s = first_delay_s
-        self._restarts = [0] * len(servers)
-        self._ready_at = [float("inf")] * len(servers)
-        self._closed = False
-        atexit.register(self.stop)
-
-    def start(self) -> None:
-        """Starts all servers at the same time and waits until all are ready.
-
-        Raises:
-            RolloutError: one of them did not start; none is left running.
-        """
-        try:
-            for server in self.servers:
-                server.start()
-            for index, server in enumerate(self.servers):
-                server.wait_ready()
-                self._ready_at[index] = time.monotonic()
-        except BaseException:
-            self.stop()
-            raise
-
-    def restart(self, index: int) -> SGLangServer:
-        """Stops what is left of a server and starts it again, with its first weights and the same
-        keys, at a new port. Blocks until it is ready; different servers restart independently.
-
-        Raises:
-            RolloutError: it did not get ready; `retired` says whether to try again.
-        """
-        server = self.servers[index]
-        if time.monotonic() - self._ready_at[index] > self._stable_s:
-            self._restarts[index] = 0
-        self._ready_at[index] = float("inf")
-        if self._restarts[index] >= self._max_restarts:
-            self.retired.add(index)
-        if index in self.retired or self._closed:
-            server.stop(grace_s=0.0)
-            raise RolloutError(
-                f"sglang server {index}",
-                f"was restarted {self._restarts[index]} times in a row",
-                f"it is given up; read {server.log}",
-            )
-        self._restarts[index] += 1
-        server.stop(grace_s=0.0)
-        if self._restarts[index] > 1:
-            self._pause(self._first_delay_s * 2 ** (self._restarts[index] - 2))
-        logger.warning(
-            "sglang server %d: restart %d of at most %d in a row",
-            *(index, self._restarts[index], self._max_restarts),
-        )
-        try:
-            server.start()
-            server.wait_ready()
-        except RolloutError:
-            server.stop(grace_s=0.0)
-            if self._restarts[index] >= self._max_restarts:
-                self.retired.add(index)
-            raise
-        if self._closed:
-            server.stop(grace_s=0.0)
-        self._ready_at[index] = time.monotonic()
-        return server
-
-    def _pause(self, delay_s: float) -> None:
-        """Sleeps, at most a minute, and not on when the fleet is stopped."""
-        until = time.monotonic() + min(60.0, delay_s)
-        while time.monotonic() < until and not self._closed:
-            time.sleep(0.05)
-
-    def stop(self) -> None:
-        """Stops all servers, for good."""
-        self._closed = True
-        atexit.unregister(self.stop)
-        for server in self.servers:
-            server.stop()
-
-
-def check_not_public(host: str) -> None:
-    """Servers that we start are for this job alone.
-
-    Raises:
-        RolloutError: `host` is unknown, stands for all interfaces, or is reachable from anywhere.
-    """
-    try:
-        found = {info[4][0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
-    except OSError as error:
-        raise RolloutError(
-            "rollout.sglang.host", f"{host} is no address ({error})", "name one of this host"
-        ) from error
-    for text in found:
-        address = ipaddress.ip_address(str(text).split("%")[0])
-        if address.is_unspecified or address.is_global:
-            raise RolloutError(
-                "rollout.sglang.host",
-                f"{host} is open to the world",
-                "name loopback or the address of a private interface",
-            )
-
-
-def _free_port(host: str) -> int:
-    try:
-        family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.bind((host, 0))
-            return probe.getsockname()[1]
-    except OSError as error:
-        raise RolloutError(
-            "rollout.sglang.host",
-            f"{host} cannot be bound ({error.strerror})",
-            "name loopback or the address of a private interface of this host",
-        ) from error
-
-
 # What torchrun tells a rank is not for the server, which makes process groups of its own.
 _RANK_VARIABLES = {
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
-    "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS",
+    "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
 }  # fmt: skip
 
 

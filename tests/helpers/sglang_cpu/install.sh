@@ -11,5 +11,3 @@ pip=("$venv/bin/pip" install -q --disable-pip-version-check)
 packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 cp "$here/sgl_kernel.py" "$here/torchvision_operators.py" "$packages/"
 echo "import torchvision_operators" > "$packages/sglang_cpu.pth"
-# The server writes .pyc files on first import anyway; here they do not count against its start.
-"$venv/bin/python" -m compileall -q -j 2 "$packages/sglang" "$packages/transformers" >/dev/null || true
