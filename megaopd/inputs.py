@@ -66,8 +66,9 @@ def read_inputs(config: Config) -> Inputs:
     check_freeze(student_arch, config.student.freeze)
     if config.rollout.kind == "recorded":
         RecordedEngine(config.rollout.path)  # says now if the file is not there
-    archs = {student: student_arch, **{paths[name]: arch for name, arch in teacher_archs.items()}}
-    for path, arch in archs.items():
+    # The weights of a teacher on servers are their affair.
+    ours = [name for name, teacher in teacher_configs(config).items() if teacher.kind != "sglang"]
+    for path, arch in {student: student_arch, **{paths[n]: teacher_archs[n] for n in ours}}.items():
         check_weights(HFReader(path), arch)
     tokenizer = load_tokenizer(student)
     for name, path in paths.items():

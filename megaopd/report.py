@@ -66,6 +66,23 @@ CHARTS = (
         "KL of the sampled tokens, nats",
         {"rollout/mismatch_kl": "mismatch"},
     ),
+    Chart(
+        "Staleness",
+        "updates behind the weights in training",
+        {"rollout/staleness_mean": "mean", "rollout/staleness_max": "largest"},
+    ),
+    Chart(
+        "Importance",
+        "share of the loss tokens",
+        {"loss/importance_clip_fraction": "cut or left out"},
+    ),
+    Chart("Conversations", "turns, mean", {"agent/num_turns": "turns of the student"}),
+    Chart(
+        "Tools",
+        "share of the response tokens",
+        {"agent/tool_ratio": "tool output"},
+        y_range=(0.0, 1.05),
+    ),
     Chart("Gradient norm", "before clipping", {"train/grad_norm": "gradient norm"}),
     Chart("Learning rate", "", {"train/lr": "learning rate"}),
     Chart("Throughput", "tokens per second", {"perf/tokens_per_s": "tokens/s"}),
