@@ -8,7 +8,8 @@ version does not know are replaced by what it does know; and the process dies wi
 Protocol: one JSON object on standard input, ``{"parent": pid, "options": [...], "args": [...],
 "secrets": {...}}`` (see `megaopd.rollout.sglang.flags`); one JSON line on standard output,
 ``{"version": ..., "argv": [...], "secrets": [...]}``: the version, the arguments without the keys,
-and the secret flags that the server takes. After it standard output is standard error: the log.
+and the secret flags that the server takes. After it standard output is standard error: the log. Its
+own command line is not looked at.
 """
 
 from __future__ import annotations

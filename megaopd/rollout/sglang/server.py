@@ -139,7 +139,8 @@ class SGLangServer:
         log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             return subprocess.Popen(
-                [self.spec.python, "-u", str(LAUNCHER)],
+                # The last two are for whoever looks at the list of processes.
+                [self.spec.python, "-u", str(LAUNCHER), self.spec.model_path, self.url],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
