@@ -159,7 +159,11 @@ class SGLangEngine:
             max_retries=config.max_retries,
             partial=partial,
         )
-        self.run(self.pool.start())
+        try:
+            self.run(self.pool.start())
+        except RolloutError:
+            self._loop.close()
+            raise
         return self.pool.max_request_tokens
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
