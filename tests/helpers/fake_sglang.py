@@ -41,7 +41,7 @@ class FakeServer:
     Attributes:
         faults: what the next requests to /generate meet, one each: a status, "truncated", "reset",
             "silent", seconds of silence as a float, "hang" (a first token, then nothing), "abort"
-            (cut in the middle), "extra_logprob", "nan", "error event"; None is none.
+            (cut in the middle), "extra_logprob", "alien id", "nan", "error event"; None is none.
         always: the fault of all further ones.
         delay_s: between two tokens.
         version: of the weights, as the server stamps it.
@@ -170,6 +170,9 @@ class FakeServer:
         logprobs: list[Any] = [[logprob_of(token), token, None] for token in ids]
         if fault == "extra_logprob":
             logprobs.append([0.0, 1, None])
+        if fault == "alien id":
+            ids = [*ids[:-1], VOCAB]
+            logprobs[-1][1] = VOCAB
         if fault == "nan":
             logprobs[-1][0] = None
         meta = {

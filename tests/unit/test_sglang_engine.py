@@ -12,6 +12,7 @@ from torch import Tensor
 from megaopd.batch import Prompt, Sample, SamplingParams
 from megaopd.config import SGLangConfig
 from megaopd.errors import RolloutError
+from megaopd.rollout.conversation import Conversation
 from megaopd.rollout.sglang import client as client_module
 from megaopd.rollout.sglang import engine as engine_module
 from megaopd.rollout.sglang import health, pool
@@ -165,6 +166,43 @@ def test_tokens_of_two_versions(engine, servers, loop):
         assert set(sample.token_versions) == {1, 2}
         assert list(sample.token_versions) == sorted(sample.token_versions)
         assert sample.weight_version == 1
+
+
+async def two_turns(complete, prompt, index, params) -> Conversation:
+    """Half of the tokens, one of a tool, the other half."""
+    first = await complete(prompt.token_ids, 3)
+    seen = (*prompt.token_ids, *first.ids, 11)
+    second = await complete(seen, 2)
+    return Conversation(
+        (*first.ids, 11, *second.ids),
+        (*first.logprobs, 0.0, *second.logprobs),
+        (True, True, True, False, True, True),
+        (*first.versions, -1, *second.versions),
+        second.finish_reason,
+        {"agent/num_turns": 2.0 + index},
+    )
+
+
+def test_conversations(servers):
+    engine = SGLangEngine(
+        servers,
+        config=CONFIG,
+        vocab_size=VOCAB,
+        transport=StampAll(servers),
+        converse=two_turns,
+    )
+    engine.load_weights(iter([]), version=3)
+    for sample in engine.generate(PROMPTS, PARAMS):
+        ids = sample.prompt.token_ids
+        first = response_to(ids, 3)
+        assert sample.response_ids == (*first, 11, *response_to((*ids, *first, 11), 2))
+        # The version of a token that the model did not produce means nothing.
+        assert (sample.weight_version, sample.token_versions) == (3, ())
+    assert engine.metrics["agent/num_turns"] == 2.5
+    # All turns of a prompt's samples go to one server.
+    prompts = [{tuple(body["input_ids"][:3]) for body in server.requests} for server in servers]
+    assert not prompts[0] & prompts[1]
+    engine.close()
 
 
 def test_a_server_that_comes_back_is_refreshed(engine, servers, loop):

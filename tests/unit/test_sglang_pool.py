@@ -110,7 +110,7 @@ def test_a_request_and_its_answer(release, incremental):
 
 
 @pytest.mark.parametrize(
-    "fault", [429, 500, 503, "truncated", "reset", "extra_logprob", "abort", "hang"]
+    "fault", [429, 500, 503, "truncated", "reset", "extra_logprob", "alien id", "abort", "hang"]
 )
 def test_faults_that_pass(fault):
     async def test():

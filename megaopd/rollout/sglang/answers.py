@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from megaopd.batch import Completion
 from megaopd.errors import RolloutError
@@ -196,3 +196,8 @@ def settled(done: Completion | None, request: GenerateRequest) -> Completion | N
     if len(done.ids) == request.params.max_new_tokens:
         return replace(done, finish_reason="length")
     return done
+
+
+def is_whole(done: Completion | None) -> TypeGuard[Completion]:
+    """Whether there is nothing left to do."""
+    return done is not None and done.finish_reason != CUT

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megaopd.batch import Completion, SamplingParams
@@ -185,6 +185,14 @@ class GenerateRequest:
     def num_tokens(self) -> int:
         """Room that it takes in a server's KV cache at most."""
         return len(self.input_ids) + self.params.max_new_tokens
+
+    def rest(self, done: Completion | None) -> GenerateRequest:
+        """What is left of it after `done`."""
+        if done is None:
+            return self
+        left = self.params.max_new_tokens - len(done.ids)
+        params = replace(self.params, max_new_tokens=left)
+        return replace(self, input_ids=self.input_ids + done.ids, params=params)
 
 
 def check_token_ids(token_ids: Sequence[int], vocab_size: int, where: str) -> None:

@@ -11,16 +11,22 @@ import hashlib
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
-from megaopd.batch import Prompt, Sample, SamplingParams
+from megaopd.batch import Completion, Prompt, Sample, SamplingParams
 from megaopd.config import SGLangConfig
 from megaopd.errors import RolloutError
 from megaopd.logger import get_logger
+from megaopd.rollout.conversation import (
+    Conversation,
+    Converse,
+    mean_metrics,
+    single_turn,
+)
 from megaopd.rollout.sampling import check_sampling_params
 from megaopd.rollout.sglang.api import (
     GenerateRequest,
@@ -32,6 +38,7 @@ from megaopd.rollout.sglang.control import MEMORY
 from megaopd.rollout.sglang.health import ALL_DOWN_S, Endpoint, Restarter
 from megaopd.rollout.sglang.loop import EventLoopThread
 from megaopd.rollout.sglang.pool import ServerPool
+from megaopd.rollout.sglang.ranks import Ranks
 
 logger = get_logger(__name__)
 
@@ -60,21 +67,13 @@ class WeightTransport(Protocol):
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One response as rank 0 tells the others about it; None of `problem` is a good one.
+class Rejected:
+    """Instead of a conversation: a server says that the prompt is wrong in itself."""
 
-    Attributes:
-        ids, logprobs, mask, finish_reason: as in `Sample`.
-        versions: the weight version of each token.
-        problem: why its prompt is set aside.
-    """
+    why: str
 
-    ids: tuple[int, ...] = ()
-    logprobs: tuple[float, ...] = ()
-    mask: tuple[bool, ...] = ()
-    finish_reason: str = "length"
-    versions: tuple[int, ...] = ()
-    problem: str | None = None
+
+Answer = Conversation | Rejected
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,7 @@ class SGLangEngine:
         endpoints: the servers; other ranks than 0 do not look at them.
         config: how to talk to them.
         vocab_size: of the model.
+        converse: what is done with a prompt; by default one response is sampled.
         partial: see `ServerPool`.
         transport: how `load_weights` brings weights to them; None: they keep those they have, which
             are version 0.
@@ -105,6 +105,7 @@ class SGLangEngine:
         rank, world_size, group: of the processes that call the engine together.
 
     Attributes:
+        ranks: the processes that call the engine together.
         pool: rank 0's servers, None on other ranks; it belongs to the event loop, see `run`.
         refresh: collective; brings the current weights to `pool.stale()`. It is called while a
             result is waited for, when a server came back without them. None: such a server
@@ -120,6 +121,7 @@ class SGLangEngine:
         *,
         config: SGLangConfig,
         vocab_size: int,
+        converse: Converse = single_turn,
         partial: bool = True,
         transport: WeightTransport | None = None,
         restarter: Restarter | None = None,
@@ -131,16 +133,17 @@ class SGLangEngine:
         self.metrics: dict[str, float] = {}
         self.refresh: Callable[[], None] | None = None
         self.pool: ServerPool | None = None
-        self.rank, self.world_size, self.group = rank, world_size, group
+        self.ranks = Ranks(rank, world_size, group)
         self._config = config
         self._vocab_size = vocab_size
+        self._converse = converse
         self._transport = transport
         self._restarter = restarter
         self._num_rollouts = 0
         self._refresh_at = 0.0
         self._counted: dict[str, int] = {}
         self._loop: EventLoopThread | None = None
-        self._max_request_tokens = self.on_rank_0(
+        self._max_request_tokens = self.ranks.on_rank_0(
             lambda: self._connect(endpoints, partial, restarter)
         )
 
@@ -171,19 +174,6 @@ class SGLangEngine:
         assert self._loop is not None
         return self._loop.run(coroutine)
 
-    def on_rank_0(self, work: Callable[[], T]) -> T:
-        """Collective: the value of `work()` on rank 0, or its RolloutError, on every rank."""
-        value: Any = None
-        if self.rank == 0:
-            try:
-                value = work()
-            except RolloutError as error:
-                value = error
-        (value,) = self._broadcast(value)
-        if isinstance(value, RolloutError):
-            raise value
-        return value
-
     def load_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
         """Brings (Hugging Face name, full tensor) pairs to the servers; collective.
 
@@ -193,7 +183,7 @@ class SGLangEngine:
         if self._transport is None:
             raise RolloutError("rollout engine", "it has no way to send weights", "give it one")
         self.weight_version = -1
-        if self._config.colocated and self.rank == 0:
+        if self._config.colocated and self.ranks.rank == 0:
             self.run(self._memory(resume=True, tags=("weights",)))
         self._transport.send(self, weights, version)
         self.weight_version = version
@@ -227,7 +217,7 @@ class SGLangEngine:
     def finish(self, pending: PendingSamples) -> list[Sample]:
         """`PendingSamples.result`."""
         while True:
-            kind, value = self._broadcast(self._await_news(pending))[0]
+            kind, value = self.ranks.broadcast(self._await_news(pending))
             if kind == "refresh":
                 assert self.refresh is not None
                 self.refresh()
@@ -285,22 +275,25 @@ class SGLangEngine:
     async def _sample(
         self, prompt: Prompt, index: int, params: SamplingParams, rollout: int
     ) -> Answer:
-        assert self.pool is not None
-        name = f"{prompt.prompt_id}/{index}"
-        request = GenerateRequest(
+        pool, name = self.pool, f"{prompt.prompt_id}/{index}"
+        assert pool is not None
+        whole = GenerateRequest(
             input_ids=prompt.token_ids,
             params=params,
             seed=sample_seed(params.seed, name),
             name=f"sample {name}",
             affinity=(rollout, prompt.prompt_id),
         )
+
+        async def complete(token_ids: tuple[int, ...], max_new_tokens: int) -> Completion:
+            asked = replace(params, max_new_tokens=max_new_tokens)
+            return await pool.complete(replace(whole, input_ids=token_ids, params=asked))
+
         try:
-            done = await self.pool.complete(request)
+            return await self._converse(complete, prompt, index, params)
         except RequestRejected as rejected:
             logger.warning("prompt %s is set aside: %s", prompt.prompt_id, rejected)
-            return Answer(problem=str(rejected))
-        mask = (True,) * len(done.ids)
-        return Answer(done.ids, done.logprobs, mask, done.finish_reason, done.versions)
+            return Rejected(str(rejected))
 
     async def _memory(self, *, resume: bool, tags: Sequence[str]) -> None:
         """Takes or gives back the memory of colocated servers."""
@@ -349,40 +342,21 @@ class SGLangEngine:
             f"rollout/{name}": float(counters.get(name, 0) - before.get(name, 0))
             for name in ("retries", "cuts", "servers_lost")
         }
-        bad = {i // params.n for i, answer in enumerate(answers) if answer.problem is not None}
-        return {**metrics, "rollout/set_aside": float(len(bad))}
+        aside = {i // params.n for i, answer in enumerate(answers) if isinstance(answer, Rejected)}
+        good = [answer for answer in answers if isinstance(answer, Conversation)]
+        return {**metrics, **mean_metrics(good), "rollout/set_aside": float(len(aside))}
 
     # On every rank.
 
     def _samples(self, pending: PendingSamples, answers: Sequence[Answer]) -> list[Sample]:
         samples, n = [], pending.params.n
+        version = self.weight_version if self._transport is None else None
         for p, prompt in enumerate(pending.prompts):
             group = answers[p * n : (p + 1) * n]
-            if any(answer.problem is not None for answer in group):
-                continue
-            samples += [self._sample_of(prompt, i, answer) for i, answer in enumerate(group)]
+            good = [answer for answer in group if isinstance(answer, Conversation)]
+            if len(good) == n:
+                samples += [c.sample(prompt, i, version) for i, c in enumerate(good)]
         return samples
-
-    def _sample_of(self, prompt: Prompt, index: int, answer: Answer) -> Sample:
-        own = {v for v, mine in zip(answer.versions, answer.mask, strict=True) if mine}
-        if self._transport is None:
-            own = {self.weight_version}
-        return Sample(
-            prompt=prompt,
-            index=index,
-            response_ids=answer.ids,
-            response_logprobs=answer.logprobs,
-            response_mask=answer.mask,
-            finish_reason=answer.finish_reason,
-            weight_version=min(own, default=self.weight_version),
-            token_versions=answer.versions if len(own) > 1 else (),
-        )
-
-    def _broadcast(self, value: Any) -> list[Any]:
-        values = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(values, src=0, group=self.group)
-        return values
 
 
 def sample_seed(seed: int, name: str) -> int:

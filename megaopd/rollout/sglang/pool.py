@@ -18,7 +18,7 @@ import contextlib
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import aiohttp
@@ -26,7 +26,7 @@ import aiohttp
 from megaopd.batch import Completion
 from megaopd.errors import RolloutError
 from megaopd.logger import get_logger
-from megaopd.rollout.sglang.answers import append, settled
+from megaopd.rollout.sglang.answers import append, is_whole, settled
 from megaopd.rollout.sglang.api import (
     CUT,
     UNKNOWN_VERSION,
@@ -155,25 +155,62 @@ class ServerPool:
         check_token_ids(request.input_ids, self._vocab_size, request.name)
         self._check_length(request)
         done: Completion | None = None
+
+        async def go_on(client: ServerClient) -> None:
+            nonlocal done
+            if is_whole(done):
+                return
+            # Only now is it known which weights go on with it.
+            if done is not None and not self._may_go_on(done):
+                done = None
+            try:
+                part = await self._generate(client, request.rest(done))
+            except ServerFault as fault:
+                done = settled(append(done, fault.partial), request)
+                raise
+            done = settled(append(done, part), request)
+
+        while not is_whole(done):
+            await self.ask(
+                go_on, tokens=request.num_tokens, affinity=request.affinity, name=request.name
+            )
+        assert done is not None
+        return done
+
+    async def ask(
+        self,
+        work: Callable[[ServerClient], Awaitable[T]],
+        *,
+        tokens: int,
+        affinity: Hashable = None,
+        name: str,
+    ) -> T:
+        """Does `work` with some server, again with back-off, and with another one if there is one,
+        when it fails.
+
+        Args:
+            tokens: room that it takes in the server's KV cache.
+            affinity: work of equal affinity goes to the same server while that has room.
+            name: what it is for, in messages.
+
+        Raises:
+            RolloutError: one failure more than `max_retries`, or no server is left.
+        """
         failures, avoid = 0, ""
         while True:
             try:
-                done = await self._attempt(request, done, avoid)
+                return await self.run(work, tokens=tokens, affinity=affinity, avoid=avoid)
             except ServerFault as fault:
                 failures, avoid = failures + 1, fault.url
                 self.counters["retries"] += 1
                 if failures > self._max_retries:
                     raise RolloutError(
-                        request.name,
+                        name,
                         f"failed {failures} times, at last: {fault}",
                         "look at the servers' logs",
                     ) from None
-                done = fault.partial
                 backoff_s = min(FIRST_BACKOFF_S * 2 ** (failures - 1), MAX_BACKOFF_S)
                 await asyncio.sleep(backoff_s * random.uniform(0.5, 1))
-            done = settled(done, request)
-            if done is not None and done.finish_reason != CUT:
-                return done
 
     async def run(
         self,
@@ -222,39 +259,26 @@ class ServerPool:
         server.faults = 0
         return result
 
-    async def _attempt(
-        self, request: GenerateRequest, done: Completion | None, avoid: str
-    ) -> Completion | None:
-        """One more piece of a response, appended to what there is.
+    async def _generate(self, client: ServerClient, request: GenerateRequest) -> Completion:
+        """One piece of a response, of weights that may sample.
 
         Raises:
-            ServerFault: its `partial` is all there is.
+            BadAnswer: no tokens of our vocabulary, or not of the weights that the server should
+                have: somebody restarted it, say.
         """
-
-        async def work(client: ServerClient) -> Completion:
-            expected = client.version
-            # Only now is it known which weights go on with it.
-            kept = done if done is None or self._may_go_on(done) else None
-            try:
-                part = await client.generate(_rest(request, kept))
-            except ServerFault as fault:
-                fault.partial = append(kept, fault.partial)
-                raise
-            if self.version is not None and min(part.versions, default=expected) < expected:
-                # Its weights were lost behind our back: somebody restarted it, say.
-                client.version = UNKNOWN_VERSION
-                found = f"{client.url}: version {min(part.versions)} sampled, not {expected}"
-                raise BadAnswer(found, kept)
-            if part.finish_reason == CUT:
-                self.counters["cuts"] += 1
-                if not part.ids:
-                    # Before its first token: somebody aborts all there is.
-                    await asyncio.sleep(FIRST_BACKOFF_S)
-            return append(kept, part) or part
-
-        return await self.run(
-            work, tokens=request.num_tokens, affinity=request.affinity, avoid=avoid
-        )
+        expected = client.version
+        part = await client.generate(request)
+        if self.version is not None and min(part.versions, default=expected) < expected:
+            client.version = UNKNOWN_VERSION
+            raise BadAnswer(f"{client.url}: version {min(part.versions)} sampled, not {expected}")
+        if max(part.ids, default=0) >= self._vocab_size or min(part.ids, default=0) < 0:
+            raise BadAnswer(f"{client.url}: token ids outside the vocabulary")
+        if part.finish_reason == CUT:
+            self.counters["cuts"] += 1
+            if not part.ids:
+                # Before its first token: somebody aborts all there is.
+                await asyncio.sleep(FIRST_BACKOFF_S)
+        return part
 
     def _may_go_on(self, done: Completion) -> bool:
         return self._partial or set(done.versions) <= {self.version}
@@ -303,9 +327,10 @@ class ServerPool:
         return [s.client for s in servers if s.state is State.UP and not is_current(s)]
 
     def starved(self) -> bool:
-        """Whether requests wait while no server that is up has the right weights."""
-        current = len(self.up()) > len(self.stale())
-        return self._placement.num_waiting > 0 and not current and not self._placement.held
+        """Whether requests wait because every server that is up lacks the weights of `version`."""
+        stale = self.stale()
+        waits = self._placement.num_waiting > 0 and not self._placement.held
+        return waits and bool(stale) and len(stale) == len(self.up())
 
     @property
     def max_request_tokens(self) -> int:
@@ -349,15 +374,3 @@ class ServerPool:
             session=self._session,
             progress_timeout_s=self._progress_timeout_s,
         )
-
-
-def _rest(request: GenerateRequest, done: Completion | None) -> GenerateRequest:
-    """What of a request is left to do."""
-    if done is None:
-        return request
-    left = request.params.max_new_tokens - len(done.ids)
-    return replace(
-        request,
-        input_ids=request.input_ids + done.ids,
-        params=replace(request.params, max_new_tokens=left),
-    )
