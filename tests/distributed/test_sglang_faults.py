@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from megaopd.batch import Completion, SamplingParams
 from megaopd.errors import RolloutError
 from megaopd.rollout.sglang.api import GenerateRequest, RequestRejected
+from megaopd.rollout.sglang.client import ServerClient
 from megaopd.rollout.sglang.fleet import ServerFleet
 from megaopd.rollout.sglang.health import Endpoint
 from megaopd.rollout.sglang.loop import EventLoopThread
@@ -42,8 +43,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fleet(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFleet]:
-    """Two servers; every test leaves them running."""
-    fleet = make_fleet(model, tmp_path_factory.mktemp("logs"), count=2)
+    """Two servers; every test but the last leaves them running."""
+    restarts = {"max_restarts": 10, "first_delay_s": 0.001}
+    fleet = make_fleet(model, tmp_path_factory.mktemp("logs"), count=2, fleet=restarts)
     fleet.start()
     yield fleet
     fleet.stop()
@@ -66,6 +68,11 @@ class Running:
 
     def submit(self, requests: Sequence[GenerateRequest]) -> list[Future[Completion]]:
         return [self.loop.submit(self.pool.complete(request)) for request in requests]
+
+    def load(self, client: ServerClient, model: Path, version: int) -> None:
+        """Gives a server weights, as a weight sync does."""
+        self.loop.run(client.update_from_disk(str(model), version=version))
+        client.version = version
 
     def counted(self, name: str, timeout_s: float) -> float:
         """Seconds until the pool has counted one of `name`."""
@@ -134,7 +141,7 @@ def test_a_killed_server_loses_and_doubles_nothing_and_comes_back(
     requests = make_requests()
     with running(fleet.servers, restarter=fleet) as run:
         for client in run.pool.clients:
-            client.version = 3
+            run.load(client, model, version=3)
         run.pool.publish(3)
         futures = run.submit(requests)
         seconds_until(lambda: any(future.done() for future in futures), START_TIMEOUT_S)
@@ -152,7 +159,7 @@ def test_a_killed_server_loses_and_doubles_nothing_and_comes_back(
         more = make_requests(8, num_tokens=8)
         check_all_there(model, more, run.submit(more))
         assert num_prefills(killed.log) == before
-        stale.version = 3
+        run.load(stale, model, version=3)
         more = make_requests(16, num_tokens=8)
         check_all_there(model, more, run.submit(more))
         assert num_prefills(killed.log) > before
@@ -242,42 +249,38 @@ def test_an_endpoint_without_a_server_is_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_when_all_are_dead_nobody_waits(model: Path, tmp_path: Path, fleet: ServerFleet) -> None:
-    """Restarts that fail, ten in a row, retire a server; with the last one all requests end."""
-    doomed = make_fleet(model, tmp_path, fleet={"max_restarts": 10, "first_delay_s": 0.001})
-    doomed.start()
-    server = doomed.servers[0]
+def test_when_servers_that_are_not_ours_are_dead_nobody_waits(fleet: ServerFleet) -> None:
+    proxies = [FaultProxy(server) for server in fleet.servers]
     try:
-        with running(doomed.servers, restarter=doomed) as run:
-            futures = run.submit(make_requests(8))
-            server.spec = replace(server.spec, python="/bin/false")
-            os.kill(server.pid or 0, signal.SIGKILL)
+        with running(proxies) as run:
+            futures = run.submit(make_requests(num_tokens=1000))
+            seconds_until(lambda: all(proxy.prompts for proxy in proxies), 30)
+            for proxy in proxies:
+                proxy.close()
             start = time.monotonic()
             for future in futures:
                 with pytest.raises(RolloutError, match="all are down"):
                     future.result(timeout=60)
             assert time.monotonic() - start < 60
-            assert doomed.retired == {0}
-            [late] = run.submit(make_requests(1))
-            with pytest.raises(RolloutError, match="all are down"):
-                late.result(timeout=5)
-    finally:
-        doomed.stop()
-
-
-def test_when_servers_that_are_not_ours_are_dead_nobody_waits(fleet: ServerFleet) -> None:
-    proxies = [FaultProxy(server) for server in fleet.servers]
-    try:
-        with running(proxies) as run:
-            futures = run.submit(make_requests(8))
-            time.sleep(0.5)
-            for proxy in proxies:
-                proxy.close()
-            start = time.monotonic()
-            for future in futures:
-                with pytest.raises(RolloutError):
-                    future.result(timeout=60)
-            assert time.monotonic() - start < 60
     finally:
         for proxy in proxies:
             proxy.close()
+
+
+def test_when_all_are_dead_nobody_waits(fleet: ServerFleet) -> None:
+    """Restarts that fail, ten in a row, retire a server; with the last one all requests end. It
+    leaves no server to other tests, so it is the last."""
+    with running(fleet.servers, restarter=fleet) as run:
+        futures = run.submit(make_requests(8))
+        for server in fleet.servers:
+            server.spec = replace(server.spec, python="/bin/false")
+            os.kill(server.pid or 0, signal.SIGKILL)
+        start = time.monotonic()
+        for future in futures:
+            with pytest.raises(RolloutError, match="all are down"):
+                future.result(timeout=60)
+        assert time.monotonic() - start < 60
+        assert fleet.retired == {0, 1}
+        [late] = run.submit(make_requests(1))
+        with pytest.raises(RolloutError, match="all are down"):
+            late.result(timeout=5)

@@ -36,6 +36,7 @@ class FaultProxy:
         self._upstream = upstream.url
         self._faults: list[str] = []
         self._always = ""
+        self._closed = False
         self._only: Callable[[dict[str, Any]], bool] = lambda body: True
         self._loop = EventLoopThread("fault-proxy")
         self._loop.run(self._start())
@@ -51,8 +52,11 @@ class FaultProxy:
         self._always = fault
 
     def close(self) -> None:
-        self._loop.run(self._stop())
-        self._loop.close()
+        """The end of it: connections break, new ones are refused. A second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._loop.run(self._stop())
+            self._loop.close()
 
     async def _start(self) -> None:
         self._session = aiohttp.ClientSession(
