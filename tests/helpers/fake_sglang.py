@@ -16,6 +16,14 @@ from aiohttp import web
 
 VOCAB = 512
 
+CONTROL = (
+    *("/pause_generation", "/continue_generation", "/abort_request", "/flush_cache"),
+    *("/begin_weight_update", "/end_weight_update", "/update_weights_from_disk"),
+    *("/update_weights_from_tensor", "/update_weights_from_distributed"),
+    *("/init_weights_update_group", "/destroy_weights_update_group"),
+    *("/release_memory_occupation", "/resume_memory_occupation", "/weights_checker"),
+)
+
 Fault = Callable[[web.Request, dict[str, Any]], Any]
 
 
@@ -46,6 +54,8 @@ class FakeServer:
         delay_s: between two tokens.
         version: of the weights, as the server stamps it.
         requests: bodies that /generate has received.
+        control: status of each path that is no request; others are 404.
+        told: (path, body) of those.
         calls: how often each path was asked.
         frozen: no path answers any more.
         running, most_running: streams at one time, now and at most.
@@ -60,6 +70,8 @@ class FakeServer:
         self.api_key = self.admin_key = key
         self.info: dict[str, Any] = {}
         self.requests: list[dict[str, Any]] = []
+        self.control = dict.fromkeys(CONTROL, 200)
+        self.told: list[tuple[str, dict[str, Any]]] = []
         self.calls: Counter[str] = Counter()
         self.frozen = False
         self.running = 0
@@ -106,6 +118,15 @@ class FakeServer:
             return web.json_response({"weight_version": self.version})
         if path == "/generate":
             return await self._generate(request, body)
+        if path in self.control:
+            self.told.append((path, body))
+            status = self.control[path]
+            # Some of SGLang's answers are no JSON objects.
+            if path == "/flush_cache":
+                return web.Response(text="Cache flushed.", status=status)
+            return web.json_response(
+                None if "memory" in path else {"success": status == 200}, status=status
+            )
         return web.json_response({"error": {"message": "Not Found"}}, status=404)
 
     async def _generate(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:

@@ -205,6 +205,31 @@ def test_conversations(servers):
     engine.close()
 
 
+@pytest.mark.parametrize("keeps_weights", [False, True])
+def test_colocated_servers_have_memory_only_while_they_generate(servers, keeps_weights):
+    for server in servers:
+        server.info = {"enable_weights_cpu_backup": keeps_weights}
+    config = replace(CONFIG, colocated=True)
+    transport = StampAll(servers)
+    engine = SGLangEngine(servers, config=config, vocab_size=VOCAB, transport=transport)
+    engine.load_weights(iter([]), version=0)
+    for _ in range(2):
+        assert_right(engine.generate(PROMPTS, PARAMS))
+    engine.load_weights(iter([]), version=1)
+    given_up = ["kv_cache", "weights"] if keeps_weights else ["kv_cache"]
+    release = ("/release_memory_occupation", {"tags": given_up})
+    resume = ("/resume_memory_occupation", {"tags": given_up})
+    # Weights that were given up are taken again for an update, and the rest for generation.
+    last = [("/resume_memory_occupation", {"tags": ["weights"]})] if keeps_weights else []
+    for server in servers:
+        assert server.told == [release, resume, release, *last]
+    # A server that cannot do it is not trusted.
+    servers[0].control["/resume_memory_occupation"] = 500
+    assert_right(engine.generate(PROMPTS, PARAMS))
+    assert [client.url for client in engine.pool.stale()] == [servers[0].url]
+    engine.close()
+
+
 def test_a_server_that_comes_back_is_refreshed(engine, servers, loop):
     engine.load_weights(iter([]), version=5)
     refreshed = []
@@ -276,6 +301,7 @@ def on_rank(rank: int, world_size: int) -> list:
     return seen
 
 
+@pytest.mark.slow
 def test_all_ranks_see_the_same():
     first, second = run_distributed(on_rank, 2, timeout_s=120)
     assert first == second

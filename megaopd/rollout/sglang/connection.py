@@ -168,19 +168,20 @@ class Connection:
             TimeoutError: it has stalled.
         """
         task = asyncio.ensure_future(awaitable)
-        limit = self._progress_timeout_s
+        limit_s = self._progress_timeout_s
         try:
-            while not task.done():
-                await asyncio.wait([task], timeout=min(limit / 4, 2.0))
+            while True:
                 since = max(own, self._resumed)
-                now = time.monotonic()
-                if task.done() or self.paused:
-                    continue
-                if now - max(since, self._last_progress) > limit or (
-                    started and now - since > LOST_AFTER * limit
-                ):
+                left_s = max(since, self._last_progress) + limit_s - time.monotonic()
+                if started:
+                    left_s = min(left_s, since + LOST_AFTER * limit_s - time.monotonic())
+                if self.paused:
+                    left_s = limit_s
+                if left_s <= 0:
                     raise TimeoutError
-            return task.result()
+                await asyncio.wait([task], timeout=left_s)
+                if task.done():
+                    return task.result()
         finally:
             task.cancel()
 
