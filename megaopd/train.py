@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING
 
 from megaopd.batch import Prompt, Sample
 from megaopd.config import Config, TeacherConfig, load, to_yaml, validate
-from megaopd.errors import ConfigError, NumericError, run_cli
+from megaopd.errors import ConfigError, NumericError, RolloutError, run_cli
 from megaopd.inputs import Inputs, read_inputs, teacher_configs
+from megaopd.train_rollout import ENGINES, TRANSPORTS, teacher_engine
 
 if TYPE_CHECKING:
     from megaopd.data.packing import Batching, Side
@@ -52,12 +54,18 @@ def main(argv: list[str]) -> None:
         int(os.environ.get("WORLD_SIZE", "1")),
         divergences=tuple(DIVERGENCES),
         rewards=tuple(REWARDS),
+        tools=(),
     )
+    if config.rollout.kind == "sglang":
+        _check_entry("rollout.sglang.sync", config.rollout.sglang.sync, TRANSPORTS)
     for name, teacher in teacher_configs(config).items():
-        if teacher.kind not in TEACHERS:
-            key = f"teachers.{name}.kind" if name else "teacher.kind"
-            raise ConfigError(key, f"no {teacher.kind!r}", f"choose one of {', '.join(TEACHERS)}")
+        _check_entry(f"teachers.{name}.kind" if name else "teacher.kind", teacher.kind, TEACHERS)
     train(config, read_inputs(config))
+
+
+def _check_entry(key: str, value: str, table: Collection[str]) -> None:
+    if value not in table:
+        raise ConfigError(key, f"no {value!r}", f"choose one of {', '.join(table)}")
 
 
 def train(config: Config, inputs: Inputs) -> None:
@@ -102,14 +110,20 @@ def train(config: Config, inputs: Inputs) -> None:
         config, groups, inputs.student_arch, config.train.max_tokens_per_micro_batch, "student"
     )
     teacher_result = _teacher_result(config, inputs, groups)
-    teacher = _teacher(config, inputs, StudentSide(groups, batching, vocab_rows))
-    student = MegatronStudent(config, inputs.student_arch, groups, vocab_rows, inputs.vocab_size)
-    with MetricsWriter(run_dir, config, enabled=is_main) as metrics:
+    # The engine comes before the models: colocated servers take their memory first.
+    with (
+        closing(ENGINES[config.rollout.kind](config, inputs, groups)) as engine,
+        MetricsWriter(run_dir, config, enabled=is_main) as metrics,
+    ):
+        teacher = _teacher(config, inputs, StudentSide(groups, batching, vocab_rows))
+        student = MegatronStudent(
+            config, inputs.student_arch, groups, vocab_rows, inputs.vocab_size
+        )
         trainer = OPDTrainer(
             config,
             student=student,
             teacher=teacher,
-            engine=ENGINES[config.rollout.kind](config, groups),
+            engine=engine,
             weight_sync=InProcessSync(),
             prompts=PromptStream(inputs.train_prompts, config.run.seed, config.data.shuffle),
             sampling=inputs.sampling,
@@ -122,8 +136,9 @@ def train(config: Config, inputs: Inputs) -> None:
         )
         try:
             result = trainer.fit()
-        except NumericError:
-            # Skipped steps changed nothing: the weights are those of the last good step.
+        except (NumericError, RolloutError):
+            # Skipped steps change nothing, and an engine that fails touches no weights: they are
+            # those of the last good step.
             _export(config, student, inputs, is_main)
             raise
     hf_export = _export(config, student, inputs, is_main)
@@ -232,33 +247,6 @@ def _evaluator(
     )
 
 
-def _embedded_engine(config: Config, groups: ParallelGroups) -> RolloutEngine:
-    from megaopd.models.build import DTYPES
-    from megaopd.rollout.embedded import EmbeddedEngine
-
-    return EmbeddedEngine(
-        config.student.path,
-        device=groups.device,
-        dtype=DTYPES[config.student.dtype],
-        batch_size=config.rollout.batch_size,
-        rank=groups.rank,
-        world_size=groups.world_size,
-    )
-
-
-def _recorded_engine(config: Config, groups: ParallelGroups) -> RolloutEngine:
-    from megaopd.rollout.recorded import RecordedEngine
-
-    return RecordedEngine(config.rollout.path)
-
-
-# By rollout.kind.
-ENGINES: dict[str, Callable[[Config, ParallelGroups], RolloutEngine]] = {
-    "embedded": _embedded_engine,
-    "recorded": _recorded_engine,
-}
-
-
 def _recorder(
     config: Config, is_main: bool
 ) -> Callable[[int, Sequence[Prompt], Sequence[Sample]], None] | None:
@@ -273,8 +261,6 @@ def _teacher_result(config: Config, inputs: Inputs, groups: ParallelGroups) -> E
     """The teachers' own greedy accuracy, each on the prompts that are routed to it and as it sees
     them; their generation weights are gone when this returns."""
     from megaopd.evaluation import EvalRecord, EvalResult
-    from megaopd.models.build import DTYPES
-    from megaopd.rollout.embedded import EmbeddedEngine
 
     if not config.eval.teacher:
         return None
@@ -288,15 +274,8 @@ def _teacher_result(config: Config, inputs: Inputs, groups: ParallelGroups) -> E
         evaluator = _evaluator(config, inputs, prompts)
         if evaluator is None:
             continue
-        engine = EmbeddedEngine.from_pretrained(
-            own.path or config.student.path,
-            device=groups.device,
-            dtype=DTYPES[own.dtype],
-            batch_size=config.rollout.batch_size,
-            rank=groups.rank,
-            world_size=groups.world_size,
-        )
-        records += evaluator(engine).records
+        with closing(teacher_engine(own, config, inputs, groups)) as engine:
+            records += evaluator(engine).records
     return EvalResult.of(records) if records else None
 
 

@@ -30,7 +30,7 @@ LAYERS = (
     ("models", "evaluation", "report report_svg"),
     ("engine", "trainer", "inputs", "summary", "plan"),
     ("teacher",),
-    ("train",),
+    ("train train_rollout",),
 )
 
 # The package itself sees to it that Megatron-Core can be imported without CUDA, and does no more.
