@@ -64,6 +64,8 @@ class AgentConfig:
     """Longest time that a tool may take; after it the student reads that it failed."""
     max_tool_tokens: int = 1024
     """Longest output of one tool call; the rest is cut off."""
+    database: str = ""
+    """SQLite file that the tool `sqlite` reads; the student may see all of it."""
 
 
 @dataclass(frozen=True)
