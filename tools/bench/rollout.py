@@ -4,7 +4,10 @@
 
 One server, started here, answers both in turn, with as many requests in flight: the same number of
 prompts, of as many random tokens, of responses as long, log-probabilities included, sampled at
-temperature 1. Ours is `SGLangEngine.generate`; theirs `sglang.bench_serving`, as it comes and with
+temperature 1. Without --model it serves a small random one, so that a CPU answers fast enough for
+the clients to matter; its tokenizer is the demo's (make demo), which SGLang's client wants.
+
+Ours is `SGLangEngine.generate`; theirs `sglang.bench_serving`, as it comes and with
 `--disable-stream`, and the better of the two counts. Each figure is the median over the rounds.
 
 What SGLang's client needs besides is installed into a folder of its own (.bench/sglang), never into
@@ -24,7 +27,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from megaopd.batch import Prompt, SamplingParams
 from megaopd.config import SGLangConfig
@@ -47,12 +51,28 @@ CLIENT_PACKAGES = [
     "tzdata==2026.6",
 ]
 # In flight -> prompts of a round.
-NUM_PROMPTS = {1: 8, 8: 48, 64: 192}
+NUM_PROMPTS = {1: 4, 8: 32, 64: 256}
+SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 4096,
+}
 
 
-def make_engine(server: SGLangServer, vocab_size: int, max_tokens_in_flight: int) -> SGLangEngine:
-    config = SGLangConfig(max_tokens_in_flight=max_tokens_in_flight)
-    return SGLangEngine([server], config=config, vocab_size=vocab_size)
+def make_model(tokenizer_dir: Path) -> Path:
+    """Writes the small random model once."""
+    path = BENCH / "rollout_model"
+    if not (path / "config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+        torch.manual_seed(0)
+        config = Qwen3Config(vocab_size=len(tokenizer), **SHAPE)
+        Qwen3ForCausalLM(config).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    return path
 
 
 def run_ours(
@@ -65,7 +85,12 @@ def run_ours(
         for i in range(NUM_PROMPTS[in_flight])
     ]
     params = SamplingParams(max_new_tokens=args.output, temperature=1.0, seed=seed)
-    engine = make_engine(server, vocab_size, in_flight * (args.input + args.output))
+    config = SGLangConfig(
+        max_tokens_in_flight=in_flight * (args.input + args.output),
+        # A CPU can take long over the prompts of 64 requests.
+        progress_timeout_s=300.0,
+    )
+    engine = SGLangEngine([server], config=config, vocab_size=vocab_size)
     try:
         start = time.perf_counter()
         samples = engine.generate(prompts, params)
@@ -116,15 +141,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sglang", default=sys.executable, help="interpreter that has sglang")
-    parser.add_argument("--model", default=str(ROOT / ".cache/demo/student"))
+    parser.add_argument("--model", default="", help="Hugging Face directory")
     parser.add_argument("--device", default="cpu", choices=sorted(DEVICE_ENVIRONMENT))
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--input", type=int, default=64, help="tokens of a prompt")
-    parser.add_argument("--output", type=int, default=64, help="tokens of a response")
+    parser.add_argument("--output", type=int, default=128, help="tokens of a response")
     parser.add_argument("--in-flight", type=int, nargs="*", default=list(NUM_PROMPTS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=BENCH / "rollout.json")
     args = parser.parse_args()
+    args.model = args.model or str(make_model(ROOT / ".cache/demo/student"))
     install_client(args.sglang)
     vocab_size = AutoConfig.from_pretrained(args.model).vocab_size
     spec = ServerSpec(args.model, args.sglang, args.device, args.dtype)
@@ -134,6 +160,7 @@ def main() -> None:
     print(f"sglang {server.version}, ready after {server.start_s:.1f} s", flush=True)
     results = {}
     try:
+        # Warms up the server, which is slower at first.
         run_ours(server, max(args.in_flight), args, vocab_size, seed=0)
         for in_flight in args.in_flight:
             every: dict[str, list[float]] = {"megaopd": [], "stream": [], "no stream": []}
