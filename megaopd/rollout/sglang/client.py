@@ -33,10 +33,10 @@ from megaopd.rollout.sglang.api import (
 from megaopd.rollout.sglang.connection import BadStatus, Connection
 from megaopd.rollout.sglang.control import ServerControl
 
-# Events of a stream are wanted about this often: rarer ones look like a hang, more frequent ones
-# cost the server time, as each may repeat all tokens before it.
-EVENT_EVERY_S = 3.0
-FIRST_INTERVAL, MAX_INTERVAL = 32, 1024
+# Events of a stream are wanted about this often: rarer ones look like a hang when the server slows
+# down, more frequent ones cost it time, as each may repeat all tokens before it.
+EVENT_EVERY_S = 1.0
+FIRST_INTERVAL, MAX_INTERVAL = 8, 256
 
 
 class ServerClient(ServerControl):
@@ -74,7 +74,8 @@ class ServerClient(ServerControl):
         self.version = UNKNOWN_VERSION
         self.given_up = ""
         self._api_key = api_key
-        self._progress_timeout_s = progress_timeout_s
+        self._num_streams = 0
+        # Of all streams together, as the last response that ended saw it.
         self._tokens_per_s = 0.0
 
     @property
@@ -141,6 +142,7 @@ class ServerClient(ServerControl):
         body = generate_body(request, rid, self.capabilities, self._stream_interval())
         streamed = StreamedAnswer(self.capabilities.incremental_stream)
         first = 0.0
+        self._num_streams += 1
         try:
             stream = self._connection.events("/generate", body, self._api_key)
             async with aclosing(stream) as events:
@@ -157,10 +159,12 @@ class ServerClient(ServerControl):
                 raise
             partial = _salvage(streamed, request, version)
             raise ServerDown(f"{self.url}: {self.given_up}", partial) from None
+        finally:
+            num_streams, self._num_streams = self._num_streams, self._num_streams - 1
         completion = read_answer(streamed.answer(), request, version)
         elapsed_s = time.monotonic() - first
         if len(completion.ids) > FIRST_INTERVAL and elapsed_s > 0:
-            self._tokens_per_s = (len(completion.ids) - 1) / elapsed_s
+            self._tokens_per_s = (len(completion.ids) - 1) / elapsed_s * num_streams
         return completion
 
     async def generate_once(self, body: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
@@ -186,10 +190,12 @@ class ServerClient(ServerControl):
             request.cancel()
 
     def _stream_interval(self) -> int:
+        """New tokens between two events: as many as one stream gets in `EVENT_EVERY_S` when all
+        share what the server makes, so that it is not too many when their number rises."""
         if not self._tokens_per_s:
             return FIRST_INTERVAL
-        every_s = min(EVENT_EVERY_S, self._progress_timeout_s / 10)
-        return max(1, min(int(self._tokens_per_s * every_s), MAX_INTERVAL))
+        each = self._tokens_per_s / (self._num_streams + 1)
+        return max(1, min(int(each * EVENT_EVERY_S), MAX_INTERVAL))
 
     async def _get(self, path: str, timeout_s: float) -> tuple[int, dict[str, Any]]:
         return await self._connection.request("GET", path, None, timeout_s, self._api_key)
