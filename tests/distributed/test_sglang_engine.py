@@ -193,6 +193,9 @@ class Stamp:
             client.version = version
         engine.pool.publish(version)
 
+    def close(self, engine):
+        pass
+
 
 def test_a_server_s_refusals(server):
     async def test() -> None:

@@ -56,6 +56,9 @@ class StampAll:
             client.version = version
         engine.pool.publish(version)
 
+    def close(self, engine: SGLangEngine) -> None:
+        pass
+
 
 @pytest.fixture
 def loop() -> Iterator[EventLoopThread]:

@@ -74,6 +74,7 @@ class Capabilities:
         incremental_stream: every event of a stream holds the new tokens alone.
         seeded: `sampling_seed` has an effect.
         keeps_weights: they survive a release of memory.
+        device: "cuda" or "cpu", empty if it does not say.
     """
 
     version: tuple[int, ...]
@@ -83,6 +84,7 @@ class Capabilities:
     incremental_stream: bool = False
     seeded: bool = False
     keeps_weights: bool = False
+    device: str = ""
 
     @property
     def stamps_versions(self) -> bool:
@@ -144,6 +146,7 @@ def read_capabilities(info: Mapping[str, Any]) -> Capabilities:
         ),
         seeded=bool(info.get("enable_deterministic_inference")),
         keeps_weights=bool(info.get("enable_weights_cpu_backup")),
+        device=str(info.get("device") or ""),
     )
 
 

@@ -65,6 +65,10 @@ class WeightTransport(Protocol):
         """
         ...
 
+    def close(self, engine: SGLangEngine) -> None:
+        """Gives up what is shared with servers; on rank 0."""
+        ...
+
 
 @dataclass(frozen=True)
 class Rejected:
@@ -106,6 +110,7 @@ class SGLangEngine:
 
     Attributes:
         ranks: the processes that call the engine together.
+        transport: see the argument.
         pool: rank 0's servers, None on other ranks; it belongs to the event loop, see `run`.
         refresh: collective; brings the current weights to `pool.stale()`. It is called while a
             result is waited for, when a server came back without them. None: such a server
@@ -137,7 +142,7 @@ class SGLangEngine:
         self._config = config
         self._vocab_size = vocab_size
         self._converse = converse
-        self._transport = transport
+        self.transport = transport
         self._restarter = restarter
         self._num_rollouts = 0
         self._refresh_at = 0.0
@@ -174,18 +179,23 @@ class SGLangEngine:
         assert self._loop is not None
         return self._loop.run(coroutine)
 
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Starts a coroutine that uses `pool`; on rank 0 alone."""
+        assert self._loop is not None
+        return self._loop.submit(coroutine)
+
     def load_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
         """Brings (Hugging Face name, full tensor) pairs to the servers; collective.
 
         Raises:
             RolloutError: no server took them, or this engine has no transport.
         """
-        if self._transport is None:
+        if self.transport is None:
             raise RolloutError("rollout engine", "it has no way to send weights", "give it one")
         self.weight_version = -1
         if self._config.colocated and self.ranks.rank == 0:
             self.run(self._memory(resume=True, tags=("weights",)))
-        self._transport.send(self, weights, version)
+        self.transport.send(self, weights, version)
         self.weight_version = version
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Sample]:
@@ -230,6 +240,8 @@ class SGLangEngine:
     def close(self) -> None:
         """Gives up what is under way, closes the connections, stops servers that we started."""
         if self._loop is not None and self.pool is not None:
+            if self.transport is not None:
+                self.transport.close(self)
             self.run(self.pool.close())
             self._loop.close()
             self._loop = None
@@ -350,7 +362,7 @@ class SGLangEngine:
 
     def _samples(self, pending: PendingSamples, answers: Sequence[Answer]) -> list[Sample]:
         samples, n = [], pending.params.n
-        version = self.weight_version if self._transport is None else None
+        version = self.weight_version if self.transport is None else None
         for p, prompt in enumerate(pending.prompts):
             group = answers[p * n : (p + 1) * n]
             good = [answer for answer in group if isinstance(answer, Conversation)]

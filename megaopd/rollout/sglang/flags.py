@@ -65,6 +65,8 @@ def _cuda_options(spec: ServerSpec) -> list[Option]:
     options: list[Option] = [[["--device", "cuda"]], [["--base-gpu-id", str(spec.first_gpu)]]]
     if spec.colocated:
         options.append([["--enable-memory-saver"]])
+        # Without a copy in host memory the weights would have to stay on the device.
+        options.append([["--enable-weights-cpu-backup"], []])
     return options
 
 
