@@ -51,9 +51,11 @@ def read_inputs(config: Config) -> Inputs:
     """
     from megaopd.data.prompts import load_prompts
     from megaopd.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_token_ids
+    from megaopd.data.tool_template import ToolTemplate
     from megaopd.models.arch import read_arch
     from megaopd.models.freeze import check_freeze
     from megaopd.models.hf_io import HFReader, check_weights
+    from megaopd.rollout.agent import tool_schemas
     from megaopd.rollout.recorded import RecordedEngine
 
     student = config.student.path
@@ -73,10 +75,13 @@ def read_inputs(config: Config) -> Inputs:
     tokenizer = load_tokenizer(student)
     for name, path in paths.items():
         check_same_tokenizer(student, path, f"teachers.{name}.path" if name else "teacher.path")
-    train_set = load_prompts(config.data.train, config.data, tokenizer, paths)
+    agent = config.rollout.agent
+    tools = ToolTemplate(tokenizer, tool_schemas(agent)) if agent else None
+    train_set = load_prompts(config.data.train, config.data, tokenizer, paths, tools)
     eval_prompts: tuple[Prompt, ...] = ()
     if config.data.eval:
-        eval_prompts = load_prompts(config.data.eval, config.data, tokenizer, paths).prompts
+        eval_set = load_prompts(config.data.eval, config.data, tokenizer, paths, tools)
+        eval_prompts = eval_set.prompts
     rollout = config.rollout
     return Inputs(
         student_arch,
