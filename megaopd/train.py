@@ -47,6 +47,7 @@ def main(argv: list[str]) -> None:
         return
     from megaopd.losses import DIVERGENCES
     from megaopd.rewards import REWARDS
+    from megaopd.rollout.agent import TOOLS
 
     config = load(argv)
     validate(
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> None:
         int(os.environ.get("WORLD_SIZE", "1")),
         divergences=tuple(DIVERGENCES),
         rewards=tuple(REWARDS),
-        tools=(),
+        tools=tuple(TOOLS),
     )
     if config.rollout.kind == "sglang":
         _check_entry("rollout.sglang.sync", config.rollout.sglang.sync, TRANSPORTS)

@@ -18,12 +18,22 @@ from megaopd.inputs import Inputs
 if TYPE_CHECKING:
     from megaopd.parallel.groups import ParallelGroups
     from megaopd.protocols import RolloutEngine
+    from megaopd.rollout.conversation import Converse
     from megaopd.rollout.sglang.engine import WeightTransport
     from megaopd.rollout.sglang.fleet import ServerFleet
     from megaopd.rollout.sglang.health import Endpoint
 
 # Ranks that wait for servers wait in a collective, which has a time limit: rank 0 gives a sign.
 SIGN_OF_LIFE_S = 60.0
+
+
+def conversation(config: Config, inputs: Inputs) -> Converse:
+    """What an engine does with a prompt: sample one response, or let the student call tools."""
+    from megaopd.rollout.agent import Agent
+    from megaopd.rollout.conversation import single_turn
+
+    agent = config.rollout.agent
+    return Agent(agent, inputs.tokenizer) if agent else single_turn
 
 
 def embedded_engine(config: Config, inputs: Inputs, groups: ParallelGroups) -> RolloutEngine:
@@ -35,6 +45,7 @@ def embedded_engine(config: Config, inputs: Inputs, groups: ParallelGroups) -> R
         device=groups.device,
         dtype=DTYPES[config.student.dtype],
         batch_size=config.rollout.batch_size,
+        converse=conversation(config, inputs),
         rank=groups.rank,
         world_size=groups.world_size,
     )
@@ -65,6 +76,7 @@ def sglang_engine(config: Config, inputs: Inputs, groups: ParallelGroups) -> Rol
         endpoints,
         config=servers,
         vocab_size=inputs.student_arch.vocab_size,
+        converse=conversation(config, inputs),
         partial=rollout.partial,
         transport=TRANSPORTS[servers.sync](config, groups),
         restarter=fleet,
@@ -98,6 +110,7 @@ def teacher_engine(
             [Address(url.rstrip("/"), api_key, api_key) for url in own.urls],
             config=config.rollout.sglang,
             vocab_size=inputs.vocab_size,
+            converse=conversation(config, inputs),
             rank=groups.rank,
             world_size=groups.world_size,
         )
@@ -109,6 +122,7 @@ def teacher_engine(
         device=groups.device,
         dtype=DTYPES[own.dtype],
         batch_size=config.rollout.batch_size,
+        converse=conversation(config, inputs),
         rank=groups.rank,
         world_size=groups.world_size,
     )
