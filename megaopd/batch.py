@@ -184,3 +184,36 @@ class HiddenSignal:
 
     hidden_LH: Tensor
     head: TeacherHead
+
+
+@dataclass(frozen=True)
+class TopKSignal:
+    """The teacher's word on a micro-batch, as its K likeliest tokens: of a teacher on servers.
+
+    Row l speaks about the l-th True of loss_mask_T. Both may lie in host memory.
+
+    Attributes:
+        ids_LK: integer token ids of the student's vocabulary, distinct within a row; -1 where a row
+            has fewer than K.
+        logprobs_LK: fp32 log-probabilities at temperature 1, normalised over the whole vocabulary;
+            those of ids -1 mean nothing.
+    """
+
+    ids_LK: Tensor
+    logprobs_LK: Tensor
+
+
+@dataclass(frozen=True)
+class TokenSignal:
+    """The teacher's word on a micro-batch, on the sampled tokens alone.
+
+    Attributes:
+        logprobs_L: fp32 log-probability at temperature 1 of the label at the l-th True of
+            loss_mask_T. It may lie in host memory.
+    """
+
+    logprobs_L: Tensor
+
+
+TeacherSignal = HiddenSignal | TopKSignal | TokenSignal
+"""What a teacher says about a micro-batch; `megaopd.losses.objective` has an objective for each."""

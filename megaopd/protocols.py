@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megaopd.batch import HiddenSignal, PackedBatch, Prompt, Sample, SamplingParams
+from megaopd.batch import PackedBatch, Prompt, Sample, SamplingParams, TeacherSignal
 
 
 class PendingRollout(Protocol):
@@ -72,7 +72,7 @@ class Teacher(Protocol):
 
     metrics: dict[str, float]
 
-    def score(self, samples: Sequence[Sample]) -> list[HiddenSignal]:
+    def score(self, samples: Sequence[Sample]) -> Sequence[TeacherSignal]:
         """Scores the global batch, which is the same on every rank.
 
         Returns:
@@ -83,6 +83,10 @@ class Teacher(Protocol):
 
     def follow(self, student: Student) -> None:
         """After every step that updated the student: what a teacher makes of its new weights."""
+        ...
+
+    def close(self) -> None:
+        """Gives up whatever the teacher started."""
         ...
 
 
@@ -107,11 +111,11 @@ class Student(Protocol):
     """The model in training. Every method is collective."""
 
     def train_step(
-        self, micro_batches: Sequence[PackedBatch], signals: Sequence[HiddenSignal]
+        self, micro_batches: Sequence[PackedBatch], signals: Sequence[TeacherSignal]
     ) -> StepResult: ...
 
     def evaluate(
-        self, micro_batches: Sequence[PackedBatch], signals: Sequence[HiddenSignal]
+        self, micro_batches: Sequence[PackedBatch], signals: Sequence[TeacherSignal]
     ) -> StepResult:
         """The same loss without a gradient or an update."""
         ...
