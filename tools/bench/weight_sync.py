@@ -47,7 +47,9 @@ class Memory:
 
     def __init__(self, path: Path, dtype: torch.dtype, device: str) -> None:
         reader = HFReader(path)
-        self.weights = {name: reader.read(name).to(device, dtype) for name in sorted(reader.names)}
+        self.weights = {
+            name: reader.read(name).to(device, dtype) for name in sorted(reader.names())
+        }
 
     @property
     def num_bytes(self) -> int:
