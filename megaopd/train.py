@@ -19,7 +19,7 @@ from megaopd.batch import Prompt, Sample
 from megaopd.config import Config, TeacherConfig, load, to_yaml, validate
 from megaopd.errors import ConfigError, NumericError, RolloutError, run_cli
 from megaopd.inputs import Inputs, read_inputs, teacher_configs
-from megaopd.train_rollout import ENGINES, TRANSPORTS, teacher_engine
+from megaopd.train_rollout import ENGINES, TRANSPORTS, teacher_engine, weight_sync
 
 if TYPE_CHECKING:
     from megaopd.data.packing import Batching, Side
@@ -86,7 +86,6 @@ def train(config: Config, inputs: Inputs) -> None:
     from megaopd.parallel.device import init_distributed
     from megaopd.summary import summarise, write_results
     from megaopd.trainer import OPDTrainer
-    from megaopd.weight_sync.in_process import InProcessSync
 
     logger = get_logger(__name__)
     disable_progress_bar()
@@ -125,7 +124,7 @@ def train(config: Config, inputs: Inputs) -> None:
             student=student,
             teacher=teacher,
             engine=engine,
-            weight_sync=InProcessSync(),
+            weight_sync=weight_sync(engine),
             prompts=PromptStream(inputs.train_prompts, config.run.seed, config.data.shuffle),
             sampling=inputs.sampling,
             batching=batching,

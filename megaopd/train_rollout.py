@@ -17,11 +17,12 @@ from megaopd.inputs import Inputs
 
 if TYPE_CHECKING:
     from megaopd.parallel.groups import ParallelGroups
-    from megaopd.protocols import RolloutEngine
+    from megaopd.protocols import RolloutEngine, WeightSync
     from megaopd.rollout.conversation import Converse
     from megaopd.rollout.sglang.engine import WeightTransport
     from megaopd.rollout.sglang.fleet import ServerFleet
     from megaopd.rollout.sglang.health import Endpoint
+    from megaopd.weight_sync.carrier import Carrier
 
 # Ranks that wait for servers wait in a collective, which has a time limit: rank 0 gives a sign.
 SIGN_OF_LIFE_S = 60.0
@@ -85,8 +86,56 @@ def sglang_engine(config: Config, inputs: Inputs, groups: ParallelGroups) -> Rol
     )
 
 
+def _transport(config: Config, carrier: Carrier) -> WeightTransport:
+    from megaopd.weight_sync.tensor import TensorCarrier
+    from megaopd.weight_sync.transport import ServerTransport
+
+    servers = config.rollout.sglang
+    return ServerTransport(
+        carrier,
+        # The way that needs nothing but HTTP.
+        TensorCarrier(by_value=True),
+        bucket_bytes=servers.bucket_bytes,
+        partial=config.rollout.partial,
+        verify=servers.verify,
+    )
+
+
+def disk_transport(config: Config, groups: ParallelGroups) -> WeightTransport:
+    from megaopd.weight_sync.disk import DiskCarrier
+
+    return _transport(config, DiskCarrier(config.rollout.sglang.sync_dir))
+
+
+def tensor_transport(config: Config, groups: ParallelGroups) -> WeightTransport:
+    from megaopd.weight_sync.tensor import TensorCarrier
+
+    return _transport(config, TensorCarrier(by_value=groups.device.type != "cuda"))
+
+
+def distributed_transport(config: Config, groups: ParallelGroups) -> WeightTransport:
+    from megaopd.weight_sync.distributed import DistributedCarrier
+
+    return _transport(
+        config, DistributedCarrier("nccl" if groups.device.type == "cuda" else "gloo")
+    )
+
+
 # By rollout.sglang.sync: how `SGLangEngine.load_weights` brings weights to its servers.
-TRANSPORTS: dict[str, Callable[[Config, ParallelGroups], WeightTransport]] = {}
+TRANSPORTS: dict[str, Callable[[Config, ParallelGroups], WeightTransport]] = {
+    "disk": disk_transport,
+    "tensor": tensor_transport,
+    "distributed": distributed_transport,
+}
+
+
+def weight_sync(engine: RolloutEngine) -> WeightSync:
+    """What keeps the weights of `engine` those of the student."""
+    from megaopd.rollout.sglang.engine import SGLangEngine
+    from megaopd.weight_sync.in_process import InProcessSync
+    from megaopd.weight_sync.servers import ServerSync
+
+    return ServerSync() if isinstance(engine, SGLangEngine) else InProcessSync()
 
 
 # By rollout.kind. Collective.
