@@ -74,7 +74,8 @@ class StudentConfig:
     """The model in training."""
 
     path: str = ""
-    """Hugging Face directory (config.json, safetensors, tokenizer) the student starts from."""
+    """Directory the student starts from: Hugging Face (config.json, safetensors, tokenizer), or a
+    Megatron checkpoint, of which the newest complete step is taken."""
     dtype: Dtype = "bf16"
     """Weights and activations; with bf16 the optimizer keeps fp32 main weights."""
     freeze: tuple[str, ...] = ()
@@ -92,8 +93,8 @@ class TeacherConfig:
     exponential moving average of the student's; these two in the student's layout and dtype;
     `sglang` those of the servers at urls, which score the samples."""
     path: str = ""
-    """Hugging Face directory of the teacher; its tokenizer must be the student's. Of a teacher on
-    servers the weights are not read."""
+    """Directory of the teacher, of either format; its tokenizer must be the student's. Of a teacher
+    on servers the weights are not read."""
     dtype: Dtype = "bf16"
     """Weights and activations of the teacher, and of the hidden states that it hands over."""
     ema_decay: float = 0.999
@@ -221,6 +222,9 @@ class TrainConfig:
     """Steps in a row with a non-finite loss or gradient that end the run."""
     export: bool = True
     """Write the student as a Hugging Face directory (run.dir/hf) at the end."""
+    export_megatron: bool = False
+    """Write the student as a Megatron checkpoint (run.dir/megatron) at the end, for any layout;
+    its step is the number of the run's optimizer steps."""
 
 
 @dataclass(frozen=True)

@@ -49,20 +49,22 @@ def read_inputs(config: Config) -> Inputs:
     Raises:
         MegaOPDError: whatever is wrong with them, in one line.
     """
+    from megaopd.checkpoint import open_weights
     from megaopd.data.prompts import load_prompts
     from megaopd.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_token_ids
     from megaopd.data.tool_template import ToolTemplate
     from megaopd.models.arch import read_arch
     from megaopd.models.freeze import check_freeze
-    from megaopd.models.hf_io import HFReader, check_weights
+    from megaopd.models.hf_io import check_weights
     from megaopd.rollout.agent import tool_schemas
     from megaopd.rollout.recorded import RecordedEngine
+    from megaopd.storage.steps import hf_directory
 
     student = config.student.path
     # A teacher without a checkpoint has the student's weights.
     paths = {name: t.path or student for name, t in teacher_configs(config).items()}
-    student_arch = read_arch(student)
-    teacher_archs = {name: read_arch(path) for name, path in paths.items()}
+    student_arch = read_arch(hf_directory(student))
+    teacher_archs = {name: read_arch(hf_directory(path)) for name, path in paths.items()}
     named = {name: arch for name, arch in teacher_archs.items() if name}
     validate_models(config, student_arch, teacher_archs[""], named)
     check_freeze(student_arch, config.student.freeze)
@@ -71,7 +73,7 @@ def read_inputs(config: Config) -> Inputs:
     # The weights of a teacher on servers are their affair.
     ours = [name for name, teacher in teacher_configs(config).items() if teacher.kind != "sglang"]
     for path, arch in {student: student_arch, **{paths[n]: teacher_archs[n] for n in ours}}.items():
-        check_weights(HFReader(path), arch)
+        check_weights(open_weights(path), arch)
     tokenizer = load_tokenizer(student)
     for name, path in paths.items():
         check_same_tokenizer(student, path, f"teachers.{name}.path" if name else "teacher.path")

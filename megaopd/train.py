@@ -37,7 +37,8 @@ key=value    any field, as in loss.kind=jsd optimizer.lr=1e-5 data=my_group (Hyd
 --debug      show the traceback of an error
 
 `python -m megaopd.config conf=NAME` prints every field with its value and its meaning.
-The run is written to runs/NAME: metrics.jsonl, tensorboard/, report.html, summary.json, hf/.
+The run is written to runs/NAME: metrics.jsonl, tensorboard/, report.html, summary.json, hf/;
+with train.export_megatron=true also megatron/.
 """
 
 
@@ -280,9 +281,12 @@ def _teacher_result(config: Config, inputs: Inputs, groups: ParallelGroups) -> E
 
 
 def _export(config: Config, student: MegatronStudent, inputs: Inputs, is_main: bool) -> str | None:
-    """Writes the student to run.dir/hf; collective. Returns the directory."""
+    """Writes the student as the configuration asks, to run.dir/hf and run.dir/megatron; collective.
+    Returns the Hugging Face directory."""
     from megaopd.models.hf_io import HFWriter
 
+    if config.train.export_megatron:
+        student.save(Path(config.run.dir) / "megatron", config.student.path)
     if not config.train.export:
         return None
     destination = Path(config.run.dir) / "hf"

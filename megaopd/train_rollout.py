@@ -163,11 +163,18 @@ def teacher_engine(
             rank=groups.rank,
             world_size=groups.world_size,
         )
+    from megaopd.checkpoint import open_weights
+    from megaopd.checkpoint.loading import verify_together
+    from megaopd.models.arch import read_arch
     from megaopd.models.build import DTYPES
+    from megaopd.models.families import hf_shapes
     from megaopd.rollout.embedded import EmbeddedEngine
 
-    return EmbeddedEngine.from_pretrained(
-        own.path or config.student.path,
+    path = own.path or config.student.path
+    source = open_weights(path)
+    verify_together(source.path)
+    engine = EmbeddedEngine(
+        path,
         device=groups.device,
         dtype=DTYPES[own.dtype],
         batch_size=config.rollout.batch_size,
@@ -175,6 +182,9 @@ def teacher_engine(
         rank=groups.rank,
         world_size=groups.world_size,
     )
+    names = hf_shapes(read_arch(path))
+    engine.load_weights(((name, source.read(name)) for name in names), version=0)
+    return engine
 
 
 def _start_servers(config: Config, groups: ParallelGroups) -> ServerFleet | None:

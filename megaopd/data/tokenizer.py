@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megaopd.errors import ConfigError
+from megaopd.errors import ConfigError, MegaOPDError
+from megaopd.storage.steps import hf_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,9 +22,10 @@ _PLACEHOLDER = re.compile(r"extra|unused|reserved|pad|dummy|placeholder", re.IGN
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a Hugging Face directory.
+    """Loads the tokenizer of a model's directory, of either format.
 
     Raises:
+        CheckpointError: a Megatron checkpoint without a complete step.
         ConfigError: no such directory, or no tokenizer that can be read in it.
     """
     from transformers import AutoTokenizer
@@ -32,8 +34,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise ConfigError(str(path), "there is no such directory", "name a model's directory")
     try:
         return AutoTokenizer.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=False
+            str(hf_directory(path)), local_files_only=True, trust_remote_code=False
         )
+    except MegaOPDError:
+        raise
     except Exception as error:  # whatever transformers and tokenizers make of a broken file
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
@@ -94,7 +98,7 @@ def stop_token_ids(
     Raises:
         ConfigError: a stop string that is not exactly one token, or a broken JSON file.
     """
-    ids = _model_end_ids(Path(path))
+    ids = _model_end_ids(hf_directory(path))
     if tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
     vocabulary = tokenizer.get_vocab()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from megatron.core.distributed import (
 from torch import Tensor
 
 from megaopd.batch import PackedBatch, TeacherSignal
+from megaopd.checkpoint.loading import load_model
+from megaopd.checkpoint.saving import save_model
 from megaopd.config import Config, LossConfig
 from megaopd.engine import schedule
 from megaopd.engine.offload import (
@@ -67,7 +70,7 @@ class MegatronStudent:
             recompute=config.train.recompute,
             router_aux_loss_coef=config.student.router_aux_loss_coef,
         )
-        weights.load_weights(self.chunks, arch, config.student.path)
+        load_model(self.chunks, arch, config.student.path)
         weights.freeze(self.chunks, arch, self.frozen)
         self.ddp = _data_parallel(self.chunks, groups)
         self.optimizer = build_optimizer(config.optimizer, config.student.dtype, self.ddp, groups)
@@ -174,6 +177,23 @@ class MegatronStudent:
         frozen = self.frozen if only_trainable else ()
         with self.weights.on_device():
             yield from weights.export_weights(self.chunks, self.arch, self.groups, frozen)
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps that were taken; skipped ones are none."""
+        return int(self.scheduler.num_steps)
+
+    def save(self, root: str | Path, source_dir: str | Path) -> Path:
+        """Writes the weights as a step of the Megatron checkpoints below `root`; collective.
+
+        The step is `num_updates`; one that is there is replaced. See
+        `megaopd.checkpoint.saving.save_model`.
+        """
+        with self.weights.on_device():
+            return save_model(
+                *(self.chunks, self.arch, self.groups, root, self.num_updates, source_dir),
+                overwrite=True,
+            )
 
     def weight_shards(self) -> Mapping[str, Tensor]:
         """This rank's shards of all weights, frozen ones too, by canonical global name; views."""

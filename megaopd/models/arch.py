@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megaopd.errors import CheckpointError, ConfigError
 from megaopd.models.families import FAMILIES, Family
-
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+from megaopd.models.supported import (
+    SLIDING,
+    activation_of,
+    layer_types_of,
+    ropes_of,
+    unsupported,
+)
 
 # ModelArch's name -> config.json's; a model without them is not described at all.
 _REQUIRED_SIZES = {
@@ -35,8 +40,6 @@ _REQUIRED_SIZES = {
     "max_positions": "max_position_embeddings",
 }
 
-
-_SHARED_EXPERTS = ("shared_expert_intermediate_size", "n_shared_experts", "num_shared_experts")
 
 # MoEArch's name -> config.json's; transformers 5 writes num_local_experts for num_experts.
 _MOE_SIZES = {
@@ -66,6 +69,21 @@ class MoEArch:
 
 
 @dataclass(frozen=True)
+class WindowArch:
+    """The sliding window that some layers attend through.
+
+    Attributes:
+        size: a token attends to itself and to the size - 1 tokens before it.
+        layers: indices of the layers that have the window; the others attend to everything before.
+        rope: the RoPE of these layers, as `ModelArch.rope`; None is that of the other layers.
+    """
+
+    size: int
+    layers: tuple[int, ...]
+    rope: Mapping[str, Any] | None = field(default=None, hash=False)
+
+
+@dataclass(frozen=True)
 class ModelArch:
     """A decoder-only transformer.
 
@@ -80,9 +98,20 @@ class ModelArch:
         tied: the LM head is the embedding.
         qk_norm: queries and keys are normalised per head.
         qkv_bias: query, key and value projections have biases.
-        rope: `rope_type` (one of `ROPE_TYPES`), `rope_theta` and the type's own parameters, named
-            as in transformers' `rope_parameters`.
+        rope: `rope_type` (of `supported.ROPE_TYPES`), `rope_theta`, the type's own parameters and,
+            where a head is rotated in part, `partial_rotary_factor`, named as in transformers'
+            `rope_parameters`.
+        rope_interleaved: features 2i and 2i + 1 are rotated together; otherwise i and
+            i + rotary_dim / 2.
+        post_norms: the outputs of attention and MLP are normalised before they are added to the
+            residual stream.
         moe: the mixture of experts; None is a model without one.
+        window: the sliding window; None is full attention in every layer.
+        activation: what gates the MLP, one of `supported.ACTIVATIONS`.
+        zero_centered_norm: a norm multiplies by 1 + its weight.
+        embedding_scale: what embeddings are multiplied by; a tied head is not.
+        attention_scale: what the products of queries and keys are multiplied by; None is
+            1 / sqrt(head_dim).
     """
 
     family: str
@@ -99,10 +128,27 @@ class ModelArch:
     qk_norm: bool
     qkv_bias: bool
     rope: Mapping[str, Any] = field(hash=False)
+    rope_interleaved: bool = False
+    post_norms: bool = False
     moe: MoEArch | None = None
+    window: WindowArch | None = None
+    activation: str = "silu"
+    zero_centered_norm: bool = False
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+
+    @property
+    def rotary_dim(self) -> int:
+        """Features of a head that are rotated, the first ones."""
+        return int(self.head_dim * self.rope.get("partial_rotary_factor", 1.0))
 
     def is_moe_layer(self, layer: int) -> bool:
         return self.moe is not None and layer in self.moe.layers
+
+    def window_size(self, layer: int) -> int | None:
+        """Tokens that one attends to in a layer, itself included; None is all before it."""
+        windowed = self.window is not None and layer in self.window.layers
+        return self.window.size if self.window is not None and windowed else None
 
 
 def read_arch(path: str | Path) -> ModelArch:
@@ -119,12 +165,10 @@ def read_arch(path: str | Path) -> ModelArch:
     sizes = {ours: _size(file, raw, theirs) for ours, theirs in _REQUIRED_SIZES.items()}
     norm_eps = _number(file, raw, "rms_norm_eps")
     config = _parse(file, raw, family)
-    for where, value, remedy in _unsupported(raw, config):
+    for where, value, remedy in unsupported(raw, config, family):
         raise ConfigError(f"{file}: {where}", f"{_shown(value)} is not supported", remedy)
 
-    rope = dict(config.rope_parameters)
-    rope.pop("type", None)  # transformers 4's name of rope_type
-    _number(file, rope, "rope_theta")
+    rope, window_rope = _read_ropes(file, config)
     num_kv_heads = _parsed_size(file, config, "num_key_value_heads")
     head_dim = sizes["hidden_size"] // sizes["num_heads"]
     if getattr(config, "head_dim", None) is not None:  # Qwen3-MoE's class has no default for it
@@ -135,7 +179,7 @@ def read_arch(path: str | Path) -> ModelArch:
             f"{num_kv_heads} does not divide {sizes['num_heads']} attention heads",
             "correct the file",
         )
-    return ModelArch(
+    arch = ModelArch(
         family=architecture,
         **sizes,
         num_kv_heads=num_kv_heads,
@@ -143,28 +187,47 @@ def read_arch(path: str | Path) -> ModelArch:
         norm_eps=norm_eps,
         tied=bool(config.tie_word_embeddings),
         qk_norm=family.qk_norm,
-        qkv_bias=family.qkv_bias,
+        qkv_bias=bool(config.attention_bias) if family.qkv_bias is None else family.qkv_bias,
         rope=rope,
+        rope_interleaved=family.rope_interleaved,
+        post_norms=family.post_norms,
         moe=_read_moe(file, config) if family.moe_layer else None,
+        window=_read_window(file, config, window_rope),
+        activation=activation_of(config)[1],
+        zero_centered_norm=family.zero_centered_norm,
+        embedding_scale=sizes["hidden_size"] ** 0.5 if family.scaled_embedding else 1.0,
+        attention_scale=_attention_scale(file, config),
     )
+    if arch.rotary_dim % 2 or not 0 < arch.rotary_dim <= head_dim:
+        raise CheckpointError(
+            f"{file}: partial_rotary_factor",
+            f"rotates {arch.rotary_dim} of {head_dim} features of a head",
+            "give a factor that makes it an even number of them",
+        )
+    return arch
 
 
-def rope_inv_freq(arch: ModelArch) -> tuple[Tensor, float]:
-    """Returns the inverse frequencies, fp32 [head_dim / 2], and the factor on cos and sin.
+def rope_inv_freq(arch: ModelArch, rope: Mapping[str, Any] | None = None) -> tuple[Tensor, float]:
+    """Returns the inverse frequencies, fp32 [rotary_dim / 2], and the factor on cos and sin.
 
     Bit-equal to those of transformers' rotary embedding of the same configuration.
+
+    Args:
+        rope: that of the window's layers, where they have their own; None is `arch.rope`.
     """
-    if arch.rope["rope_type"] == "default":
-        exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.int64).float() / arch.head_dim
-        return 1.0 / (arch.rope["rope_theta"] ** exponents), 1.0
+    rope = arch.rope if rope is None else rope
+    if rope["rope_type"] == "default":
+        dim = arch.rotary_dim
+        exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+        return 1.0 / (rope["rope_theta"] ** exponents), 1.0
     config = PreTrainedConfig(
         head_dim=arch.head_dim,
         hidden_size=arch.hidden_size,
         num_attention_heads=arch.num_heads,
         max_position_embeddings=arch.max_positions,
-        rope_parameters=dict(arch.rope),
+        rope_parameters=dict(rope),
     )
-    inv_freq, attention_scaling = ROPE_INIT_FUNCTIONS[arch.rope["rope_type"]](config)
+    inv_freq, attention_scaling = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config)
     return inv_freq, float(attention_scaling)
 
 
@@ -248,6 +311,40 @@ def _read_moe(file: Path, config: PreTrainedConfig) -> MoEArch | None:
     return MoEArch(**sizes, normalize_top_k=bool(config.norm_topk_prob), layers=layers)
 
 
+def _read_ropes(
+    file: Path, config: PreTrainedConfig
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    ropes = [dict(rope) if rope is not None else None for rope in ropes_of(config)]
+    for rope in ropes:
+        if rope is not None:
+            rope.pop("type", None)  # transformers 4's name of rope_type
+            _number(file, rope, "rope_theta")
+    assert ropes[0] is not None
+    return ropes[0], ropes[1]
+
+
+def _read_window(
+    file: Path, config: PreTrainedConfig, rope: dict[str, Any] | None
+) -> WindowArch | None:
+    layer_types = layer_types_of(config)
+    if layer_types is not None:
+        layers = tuple(i for i, layer_type in enumerate(layer_types) if layer_type == SLIDING)
+    elif getattr(config, "sliding_window", None) is not None:
+        layers = tuple(range(config.num_hidden_layers))
+    else:
+        layers = ()
+    if not layers:
+        return None
+    return WindowArch(_parsed_size(file, config, "sliding_window"), layers, rope)
+
+
+def _attention_scale(file: Path, config: PreTrainedConfig) -> float | None:
+    name = "query_pre_attn_scalar"
+    if not hasattr(type(config), name):
+        return None
+    return float(_number(file, {name: getattr(config, name)}, name) ** -0.5)
+
+
 def _parse(file: Path, raw: dict[str, Any], family: Family) -> PreTrainedConfig:
     """Lets transformers fill in defaults and bring both spellings of RoPE to one."""
     for name in ("rope_parameters", "rope_scaling"):
@@ -258,37 +355,3 @@ def _parse(file: Path, raw: dict[str, Any], family: Family) -> PreTrainedConfig:
     except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).strip("'\"").split())
         raise CheckpointError(str(file), reason, "correct the field") from None
-
-
-def _unsupported(raw: dict[str, Any], config: PreTrainedConfig) -> Iterator[tuple[str, Any, str]]:
-    """Yields (field, value, what to do) of every feature that would silently be computed wrong."""
-    remedy = "use a model without it"
-    if config.hidden_act != "silu":
-        yield "hidden_act", config.hidden_act, 'use a model with "silu"'
-    for name in ("attention_bias", "mlp_bias"):
-        if raw.get(name):
-            yield name, raw[name], remedy
-    if raw.get("quantization_config") is not None:
-        yield "quantization_config", raw["quantization_config"], "dequantise the weights first"
-    for name in _SHARED_EXPERTS:
-        if raw.get(name):
-            yield name, raw[name], "use a model without shared experts"
-    if getattr(config, "norm_topk_prob", False) and config.num_experts_per_tok == 1:
-        # Every weight is 1: the router has no gradient, and Megatron-Core no such routing.
-        yield "norm_topk_prob", True, "use a model that sends a token to more than one expert"
-    layer_types = getattr(config, "layer_types", None) or raw.get("layer_types") or ()
-    for layer_type in layer_types:
-        if layer_type != "full_attention":
-            name = "layer_types" if raw.get("layer_types") else "use_sliding_window"
-            value = layer_type if name == "layer_types" else raw[name]
-            yield name, value, "use a model with full attention in every layer"
-    if not layer_types and getattr(config, "sliding_window", None) is not None:
-        name = "use_sliding_window" if raw.get("use_sliding_window") else "sliding_window"
-        yield name, raw.get(name), "use a model with full attention in every layer"
-    rope = config.rope_parameters
-    if any(isinstance(value, dict) for value in rope.values()):
-        yield "rope_parameters", rope, "use a model with one RoPE for all layers"
-    elif rope["rope_type"] not in ROPE_TYPES:
-        yield "rope_type", rope["rope_type"], f"use one of {', '.join(ROPE_TYPES)}"
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        yield "partial_rotary_factor", rope["partial_rotary_factor"], remedy

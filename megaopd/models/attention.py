@@ -1,18 +1,19 @@
-"""Causal attention over packed sequences, and the norm, for Megatron's local spec.
+"""Causal attention over packed sequences, for Megatron's local spec.
 
-Used where TransformerEngine is not there. Megatron's own `DotProductAttention` knows no packing,
-and its `WrappedTorchNorm` no sequence parallelism. Nothing here builds a [T, T] mask: each
-sequence of the pack is attended to by itself, by torch's varlen kernel on a GPU and by one SDPA
-call a sequence elsewhere.
+Used where TransformerEngine is not there. Megatron's own `DotProductAttention` knows no packing.
+Nothing here builds a [T, T] mask: each sequence of the pack is attended to by itself, by torch's
+varlen kernel on a GPU and by one SDPA call a sequence elsewhere.
 
 Under context parallelism a rank holds two pieces of every sequence (`PackedBatch`). It gathers the
-keys and values of all ranks, and each of its pieces attends to the keys up to its own end.
+keys and values of all ranks, and each of its pieces attends to the keys up to its own end, or
+through the layer's sliding window.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megaopd.batch import PackedBatch
@@ -108,10 +110,24 @@ class PackedSequences(PackedSeqParams):
         return self._pieces
 
 
+def window_of(config: TransformerConfig, layer_number: int) -> int | None:
+    """Tokens that one attends to in a layer, itself included; None is all before it.
+
+    Megatron counts the tokens to the left and to the right, without the token itself.
+
+    Args:
+        layer_number: global, from 1.
+    """
+    if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+        return config.window_size[0] + 1
+    return None
+
+
 class PackedAttention(MegatronModule):
     """`core_attention` over THD tensors: [T, heads, head_dim], queries grouped over KV heads.
 
     Args:
+        config: its `window_size` and `window_attn_skip_freq` give the layer's sliding window.
         pg_collection: its `cp` is the context-parallel group; None is a group of one.
     """
 
@@ -127,6 +143,7 @@ class PackedAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
+        self.window = window_of(config, layer_number)
         self.cp_group = pg_collection.cp if pg_collection is not None else None
 
     def forward(
@@ -146,7 +163,8 @@ class PackedAttention(MegatronModule):
             query: [T, heads, head_dim].
             key: [T, kv_heads, head_dim].
             value: [T, kv_heads, head_dim].
-            packed_seq_params: starts of the sequences; every sequence is causal.
+            packed_seq_params: starts of the sequences; every sequence is causal, and a token sees
+                no more of its own than the layer's window.
 
         Raises:
             ValueError: the input is not packed.
@@ -162,27 +180,50 @@ class PackedAttention(MegatronModule):
                 group=self.cp_group,
             )
             key, value = gathered[pieces.source].split((key.size(-1), value.size(-1)), dim=-1)
-        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-            out = _varlen(query, key, value, pieces, self.softmax_scale)
+        on_kernel = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+        if on_kernel and (self.window is None or _varlen_knows_windows()):
+            out = _varlen(query, key, value, pieces, self.softmax_scale, self.window)
         else:
-            out = _each_sequence(query, key, value, pieces, self.softmax_scale)
+            out = _each_sequence(query, key, value, pieces, self.softmax_scale, self.window)
         return out.reshape(query.size(0), -1)
 
 
+def _blocks(pieces: KeyPieces, window: int | None) -> Iterator[tuple[slice, slice]]:
+    """Yields (queries, keys that the first of them to the last sees); the keys end with the last.
+
+    Without a window each run is a block. With one, a block has no more queries than the window has
+    tokens, so that its mask has at most twice as many columns, however long the sequence.
+    """
+    query_end = key_end = 0
+    for queries, keys in zip(pieces.query_lengths, pieces.key_lengths, strict=True):
+        begin, query_end = query_end, query_end + queries
+        first_key, key_end = key_end, key_end + keys
+        for start in range(begin, query_end, window or max(queries, 1)):
+            stop = min(start + window, query_end) if window else query_end
+            offset = key_end - query_end  # of a query's own key
+            seen = max(first_key, start + offset - window + 1) if window else first_key
+            yield slice(start, stop), slice(seen, stop + offset)
+
+
 def _each_sequence(
-    query: Tensor, key: Tensor, value: Tensor, pieces: KeyPieces, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pieces: KeyPieces,
+    scale: float | None,
+    window: int | None = None,
 ) -> Tensor:
     gqa = query.size(1) != key.size(1)
-    queries, keys = pieces.query_lengths, pieces.key_lengths
     outs = []
-    for q, k, v in zip(query.split(queries), key.split(keys), value.split(keys), strict=True):
+    for queries, keys in _blocks(pieces, window):
         # [t, heads, d] -> [heads, t, d]
-        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        q, k, v = (x.transpose(0, 1) for x in (query[queries], key[keys], value[keys]))
         # SDPA's own causal mask is aligned at the start.
-        mask = None
-        if q.size(1) != k.size(1):
-            mask = torch.ones(q.size(1), k.size(1), dtype=torch.bool, device=q.device)
-            mask = mask.tril(k.size(1) - q.size(1))
+        mask, before = None, k.size(1) - q.size(1)
+        if before:
+            mask = torch.ones(q.size(1), k.size(1), dtype=torch.bool, device=q.device).tril(before)
+            if window is not None:
+                mask = mask.triu(before - window + 1)
         out = F.scaled_dot_product_attention(
             q[None], k[None], v[None], mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
         )
@@ -190,8 +231,19 @@ def _each_sequence(
     return torch.cat(outs)
 
 
+def _varlen_knows_windows() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "window_size" in inspect.signature(varlen_attn).parameters
+
+
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, pieces: KeyPieces, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pieces: KeyPieces,
+    scale: float | None,
+    window: int | None,
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -199,7 +251,8 @@ def _varlen(
     options: dict[str, Any] = {"scale": scale} if scale is not None else {}
     # torch 2.10 spells causality `is_causal`, later versions as a window without a right side;
     # either is aligned at the end of the keys.
-    options.update({"window_size": (-1, 0)} if "window_size" in accepts else {"is_causal": True})
+    left = -1 if window is None else window - 1
+    options.update({"window_size": (left, 0)} if "window_size" in accepts else {"is_causal": True})
     if query.size(1) != key.size(1):
         if "enable_gqa" in accepts:
             options["enable_gqa"] = True
@@ -215,18 +268,3 @@ def _varlen(
     out = varlen_attn(query, key, value, cu_q, cu_k, longest_q, longest_k, **options)
     assert isinstance(out, Tensor)  # a pair only where auxiliary outputs are asked for
     return out
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm as Megatron builds one, usable with sequence parallelism.
-
-    Under sequence parallelism a rank norms only its slice of the tokens, so its weight gradient is
-    partial; the mark on the weight makes `finalize_model_grads` sum it over the tensor-parallel
-    group.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
-    ) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

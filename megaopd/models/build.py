@@ -25,8 +25,10 @@ from torch import Tensor
 from megaopd.batch import PackedBatch
 from megaopd.config import ParallelConfig
 from megaopd.models.arch import ModelArch, rope_inv_freq
-from megaopd.models.attention import PackedAttention, PackedSequences, RMSNorm
+from megaopd.models.attention import PackedAttention, PackedSequences
 from megaopd.models.moe import layer_specs, mark_experts, moe_config
+from megaopd.models.norms import NormedResidual, RMSNorm, keep_grad_mode
+from megaopd.models.window import adapt_layer, set_rotary, window_config
 from megaopd.parallel.groups import ParallelGroups
 from megaopd.parallel.layout import Layout
 
@@ -36,6 +38,17 @@ try:
     HAVE_TE = torch.cuda.is_available()
 except ImportError:
     HAVE_TE = False
+
+# The norm over hidden states; sharded and reduced as Megatron expects of one.
+NORM = LayerNormImpl if HAVE_TE else RMSNorm
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+# By the names of supported.ACTIVATIONS.
+ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": _gelu_tanh}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -116,10 +129,10 @@ def transformer_config(
     interleaved = parallel.virtual_pipeline > 1
     params_dtype = DTYPES[dtype]
     _, rope_attention_scaling = rope_inv_freq(arch)
-    softmax_scale = None
+    softmax_scale = arch.attention_scale
     if rope_attention_scaling != 1.0:
         # YaRN scales cos and sin, so queries and keys; their product takes the square.
-        softmax_scale = rope_attention_scaling**2 / math.sqrt(arch.head_dim)
+        softmax_scale = rope_attention_scaling**2 * (softmax_scale or 1 / math.sqrt(arch.head_dim))
     fused = HAVE_TE
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -130,12 +143,14 @@ def transformer_config(
         ffn_hidden_size=arch.ffn_hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=arch.norm_eps,
+        layernorm_zero_centered_gamma=arch.zero_centered_norm,
         qk_layernorm=arch.qk_norm,
         add_qkv_bias=arch.qkv_bias,
         add_bias_linear=False,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=ACTIVATIONS[arch.activation],
         softmax_scale=softmax_scale,
+        rotary_interleaved=arch.rope_interleaved,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         params_dtype=params_dtype,
@@ -157,41 +172,55 @@ def transformer_config(
         calculate_per_token_loss=True,
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,
-        bias_activation_fusion=fused,
+        bias_activation_fusion=fused and arch.activation == "silu",  # Megatron's list is shorter
         bias_dropout_fusion=fused,
-        apply_rope_fusion=fused,
+        # Megatron does not tell the fused kernel for packed sequences that features interleave.
+        apply_rope_fusion=fused and not arch.rope_interleaved,
         gradient_accumulation_fusion=fused,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         **RECOMPUTE[recompute],
+        **window_config(arch),
         **moe_config(arch, parallel, router_aux_loss_coef, grouped=HAVE_TE),
     )
 
 
-def _layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
+def _layer_spec(
+    arch: ModelArch, config: TransformerConfig, groups: ParallelGroups, num_experts: int | None
+) -> ModuleSpec:
     """A layer with a plain MLP (None) or that many experts: TransformerEngine's where it imports,
     else Megatron's local one with our attention."""
     mlp = {"num_experts": num_experts, "moe_grouped_gemm": config.moe_grouped_gemm}
     if HAVE_TE:
-        return specs.get_gpt_layer_with_transformer_engine_spec(
+        layer = specs.get_gpt_layer_with_transformer_engine_spec(
             qk_layernorm=config.qk_layernorm, **mlp
         )
-    layer = specs.get_gpt_layer_local_spec(
-        qk_layernorm=config.qk_layernorm, normalization="RMSNorm", **mlp
-    )
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = PackedAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return layer
+    else:
+        layer = specs.get_gpt_layer_local_spec(
+            qk_layernorm=config.qk_layernorm, normalization="RMSNorm", **mlp
+        )
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = PackedAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+        if num_experts is not None:
+            # TransformerEngine has no linear layer to keep this norm in; checkpoints call it alike.
+            layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    if arch.post_norms:
+        given = {"config": config, "norm": NORM, "tp_group": groups.tp}
+        add = ModuleSpec(NormedResidual, params=given)
+        layer.submodules.self_attn_bda = layer.submodules.mlp_bda = add
+    return adapt_layer(layer, arch, config)
 
 
-def _block_spec(config: TransformerConfig, layers: range) -> TransformerBlockSubmodules:
+def _block_spec(
+    arch: ModelArch, config: TransformerConfig, groups: ParallelGroups, layers: range
+) -> TransformerBlockSubmodules:
     """One chunk's layers, by their global indices, and the final norm."""
     return TransformerBlockSubmodules(
-        layer_specs=layer_specs(config, layers, partial(_layer_spec, config)),
-        layer_norm=LayerNormImpl if HAVE_TE else RMSNorm,
+        layer_specs=layer_specs(config, layers, partial(_layer_spec, arch, config, groups)),
+        layer_norm=NORM,
     )
 
 
@@ -221,6 +250,11 @@ def _require_grad(module: torch.nn.Module, args: Any, output: Tensor) -> Tensor:
     if torch.is_grad_enabled() and not output.requires_grad:
         output.requires_grad_()
     return output
+
+
+def _scale_output(scale: float, module: torch.nn.Module, args: Any, output: Tensor) -> Tensor:
+    # Rounded to the embeddings' dtype first, as transformers does.
+    return output * torch.tensor(scale, dtype=output.dtype).item()
 
 
 def build_model(
@@ -272,7 +306,7 @@ def _build_chunk(
     first = sum(layers[:stage])
     model = HiddenGPTModel(
         config,
-        _block_spec(config, range(first, first + layers[stage])),
+        _block_spec(arch, config, groups, range(first, first + layers[stage])),
         vocab_size=vocab_rows,
         max_sequence_length=arch.max_positions,
         pre_process=stage == 0,
@@ -285,8 +319,10 @@ def _build_chunk(
     )
     _mark_shards(model)
     mark_experts(model)
+    keep_grad_mode(model.decoder.layers)
+    if arch.embedding_scale != 1.0 and model.pre_process:
+        model.embedding.register_forward_hook(partial(_scale_output, arch.embedding_scale))
     if config.recompute_granularity == "full" and model.pre_process:
         model.embedding.register_forward_hook(_require_grad)
-    inv_freq, _ = rope_inv_freq(arch)
-    model.rotary_pos_emb.inv_freq = inv_freq.to(groups.device)
+    set_rotary(model, arch, groups.device)
     return model.to(groups.device)

@@ -7,7 +7,7 @@ part of a decoder layer and serves every family that has that part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,15 +31,18 @@ OUTPUT_LAYER = "output_layer.weight"
 Piece = Callable[["ModelArch", str, str], Iterator[ParamMapping]]
 
 
-def block_norms(arch: ModelArch, ours: str, theirs: str) -> Iterator[ParamMapping]:
-    """The norms before attention and before the MLP."""
-    norm = Replicated((arch.hidden_size,))
-    yield ParamMapping(
-        f"{ours}.input_layernorm.weight", (f"{theirs}.input_layernorm.weight",), norm
-    )
-    yield ParamMapping(
-        f"{ours}.pre_mlp_layernorm.weight", (f"{theirs}.post_attention_layernorm.weight",), norm
-    )
+def layer_norms(norms: Mapping[str, str]) -> Piece:
+    """The norms over hidden states: Megatron's module in a layer -> Hugging Face's."""
+
+    def piece(arch: ModelArch, ours: str, theirs: str) -> Iterator[ParamMapping]:
+        for mine, name in norms.items():
+            yield ParamMapping(
+                f"{ours}.{mine}.weight",
+                (f"{theirs}.{name}.weight",),
+                Replicated((arch.hidden_size,)),
+            )
+
+    return piece
 
 
 def attention(arch: ModelArch, ours: str, theirs: str) -> Iterator[ParamMapping]:
@@ -69,18 +72,23 @@ def attention(arch: ModelArch, ours: str, theirs: str) -> Iterator[ParamMapping]
     )
 
 
-def gated_mlp(arch: ModelArch, ours: str, theirs: str) -> Iterator[ParamMapping]:
-    """A gated MLP without biases."""
-    yield ParamMapping(
-        f"{ours}.mlp.linear_fc1.weight",
-        (f"{theirs}.mlp.gate_proj.weight", f"{theirs}.mlp.up_proj.weight"),
-        GatedMLP(arch.ffn_hidden_size, arch.hidden_size),
-    )
-    yield ParamMapping(
-        f"{ours}.mlp.linear_fc2.weight",
-        (f"{theirs}.mlp.down_proj.weight",),
-        RowParallel(arch.hidden_size, arch.ffn_hidden_size),
-    )
+def gated_mlp(*gate_and_up: str) -> Piece:
+    """A gated MLP without biases; one name means that gate and up are one tensor."""
+
+    def piece(arch: ModelArch, ours: str, theirs: str) -> Iterator[ParamMapping]:
+        fused = len(gate_and_up) == 1
+        yield ParamMapping(
+            f"{ours}.mlp.linear_fc1.weight",
+            tuple(f"{theirs}.mlp.{name}.weight" for name in gate_and_up),
+            GatedMLP(arch.ffn_hidden_size, arch.hidden_size, fused),
+        )
+        yield ParamMapping(
+            f"{ours}.mlp.linear_fc2.weight",
+            (f"{theirs}.mlp.down_proj.weight",),
+            RowParallel(arch.hidden_size, arch.ffn_hidden_size),
+        )
+
+    return piece
 
 
 def experts(arch: ModelArch, ours: str, theirs: str) -> Iterator[ParamMapping]:
@@ -105,6 +113,27 @@ def experts(arch: ModelArch, ours: str, theirs: str) -> Iterator[ParamMapping]:
         )
 
 
+PRE_NORMS = {
+    "input_layernorm": "input_layernorm",
+    "pre_mlp_layernorm": "post_attention_layernorm",
+}
+# Before and behind attention and MLP.
+GLM4_NORMS = PRE_NORMS | {
+    "self_attn_bda.norm": "post_self_attn_layernorm",
+    "mlp_bda.norm": "post_mlp_layernorm",
+}
+
+GEMMA3_NORMS = {
+    "input_layernorm": "input_layernorm",
+    "self_attn_bda.norm": "post_attention_layernorm",
+    "pre_mlp_layernorm": "pre_feedforward_layernorm",
+    "mlp_bda.norm": "post_feedforward_layernorm",
+}
+
+block_norms = layer_norms(PRE_NORMS)
+split_mlp, fused_mlp = gated_mlp("gate_proj", "up_proj"), gated_mlp("gate_up_proj")
+
+
 @dataclass(frozen=True)
 class Family:
     """What sets a family apart.
@@ -113,7 +142,16 @@ class Family:
         config_class: name of the class in transformers that gives config.json's absent fields their
             defaults; looked up when a model of the family is read.
         qk_norm: queries and keys are normalised per head.
-        qkv_bias: query, key and value projections (and only they) have biases.
+        qkv_bias: query, key and value projections (and only they) have biases; None is as
+            config.json's `attention_bias` says.
+        post_norms: the outputs of attention and MLP are normalised before they are added to the
+            residual stream.
+        partial_rope: only the first features of a head are rotated, a share that config.json's
+            `partial_rotary_factor` gives.
+        rope_interleaved: the features that are rotated together lie side by side, not half a head
+            apart.
+        zero_centered_norm: norms multiply by 1 + their weight.
+        scaled_embedding: embeddings are multiplied by sqrt(hidden_size).
         layer: the pieces of a decoder layer.
         moe_layer: the pieces of a decoder layer whose MLP is a mixture of experts; empty for a
             family that has none.
@@ -121,17 +159,47 @@ class Family:
 
     config_class: str
     qk_norm: bool = False
-    qkv_bias: bool = False
-    layer: tuple[Piece, ...] = (block_norms, attention, gated_mlp)
+    qkv_bias: bool | None = False
+    post_norms: bool = False
+    zero_centered_norm: bool = False
+    scaled_embedding: bool = False
+    partial_rope: bool = False
+    rope_interleaved: bool = False
+    layer: tuple[Piece, ...] = (block_norms, attention, split_mlp)
     moe_layer: tuple[Piece, ...] = ()
 
 
 # By the name in config.json's `architectures`.
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family("LlamaConfig"),
+    "MistralForCausalLM": Family("MistralConfig"),
+    "Qwen2ForCausalLM": Family("Qwen2Config", qkv_bias=True),
     "Qwen3ForCausalLM": Family("Qwen3Config", qk_norm=True),
     "Qwen3MoeForCausalLM": Family(
         "Qwen3MoeConfig", qk_norm=True, moe_layer=(block_norms, attention, experts)
+    ),
+    "GlmForCausalLM": Family(
+        "GlmConfig",
+        qkv_bias=None,
+        partial_rope=True,
+        rope_interleaved=True,
+        layer=(block_norms, attention, fused_mlp),
+    ),
+    "Glm4ForCausalLM": Family(
+        "Glm4Config",
+        qkv_bias=None,
+        post_norms=True,
+        partial_rope=True,
+        rope_interleaved=True,
+        layer=(layer_norms(GLM4_NORMS), attention, fused_mlp),
+    ),
+    "Gemma3ForCausalLM": Family(
+        "Gemma3TextConfig",
+        qk_norm=True,
+        post_norms=True,
+        zero_centered_norm=True,
+        scaled_embedding=True,
+        layer=(layer_norms(GEMMA3_NORMS), attention, split_mlp),
     ),
 }
 

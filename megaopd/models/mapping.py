@@ -229,20 +229,32 @@ class QKV:
 
 @dataclass(frozen=True)
 class GatedMLP:
-    """Gate and up projections in one tensor: the rank's gate rows, then its up rows."""
+    """Gate and up projections in one tensor: the rank's gate rows, then its up rows.
+
+    Attributes:
+        fused: Hugging Face has one tensor too: all gate rows, then all up rows.
+    """
 
     ffn_size: int
     cols: int
+    fused: bool = False
 
     def hf_shapes(self) -> tuple[Shape, ...]:
+        if self.fused:
+            return ((2 * self.ffn_size, self.cols),)
         return ((self.ffn_size, self.cols),) * 2
 
     def load(self, read: Read, part: Partition) -> Tensor:
-        rows = part.share(self.ffn_size, "feed-forward features")
-        return torch.cat([read(0, rows=rows), read(1, rows=rows)])
+        gate = part.share(self.ffn_size, "feed-forward features")
+        if self.fused:
+            up = slice(self.ffn_size + gate.start, self.ffn_size + gate.stop)
+            return torch.cat([read(0, rows=gate), read(0, rows=up)])
+        return torch.cat([read(0, rows=gate), read(1, rows=gate)])
 
     def export(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
         gates, ups = zip(*(shard.chunk(2) for shard in shards), strict=True)
+        if self.fused:
+            return (torch.cat(gates + ups),)
         return torch.cat(gates), torch.cat(ups)
 
 
@@ -263,8 +275,9 @@ class Vocab:
         """Returns rows [rows.start, rows.stop) in memory of their own; past the vocabulary 0."""
         real = slice(min(rows.start, self.vocab_size), min(rows.stop, self.vocab_size))
         found = read(0, rows=real)
-        out = found.new_zeros(rows.stop - rows.start, self.hidden_size)
+        out = found.new_empty(rows.stop - rows.start, self.hidden_size)
         out[: len(found)] = found
+        out[len(found) :] = 0
         return out
 
     def export(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -20,6 +20,7 @@ from megaopd.models.build import HiddenGPTModel
 from megaopd.models.families import EMBEDDING, OUTPUT_LAYER, param_mappings
 from megaopd.models.freeze import check_freeze, is_frozen
 from megaopd.models.hf_io import HFReader, load_into
+from megaopd.models.hf_io.source import WeightSource
 from megaopd.models.mapping import Partition, canonical_name
 from megaopd.parallel.groups import ParallelGroups
 
@@ -43,8 +44,13 @@ def named_parameters(
     return named
 
 
-def load_weights(chunks: Sequence[HiddenGPTModel], arch: ModelArch, path: str | Path) -> None:
-    """Fills the model from a Hugging Face directory; each rank reads only its slices.
+def load_weights(
+    chunks: Sequence[HiddenGPTModel], arch: ModelArch, source: WeightSource | str | Path
+) -> None:
+    """Fills the model; each rank reads only its slices.
+
+    Args:
+        source: open weights of any format, or a Hugging Face directory.
 
     Raises:
         CheckpointError: a file or tensor is missing, truncated, unexpected or of another shape.
@@ -55,7 +61,9 @@ def load_weights(chunks: Sequence[HiddenGPTModel], arch: ModelArch, path: str | 
     if arch.moe is not None:
         rank, size = groups.expt_tp.rank(), groups.expt_tp.size()
         expert_part = Partition(rank, size, chunks[0].vocab_size, "parallel.expert_tensor")
-    load_into(named_parameters(chunks, arch), arch, HFReader(path), part, expert_part)
+    if isinstance(source, str | Path):
+        source = HFReader(source)
+    load_into(named_parameters(chunks, arch), arch, source, part, expert_part)
 
 
 def freeze(chunks: Sequence[HiddenGPTModel], arch: ModelArch, patterns: tuple[str, ...]) -> None:

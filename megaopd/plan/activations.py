@@ -57,21 +57,23 @@ def layer_widths(
     attention_bytes = lse if fused else lse + b * out
     # Inputs of QKV and MLP; QKV, rotated queries and keys, input of the projection.
     saved = b * (h * shard + qkv + rotated + out) + attention_bytes
-    saved += 2 * _norm(h * shard, b, fused) + FP32 * 2 * shard
+    norms = 4 if arch.post_norms else 2
+    saved += norms * (_norm(h * shard, b, fused) + FP32 * shard)
     if arch.qk_norm:
         saved += FP32 * (heads + kv_heads)
         if not fused:
             saved += 2 * FP32 * rotated
-    if not fused:
-        saved += b * 4 * arch.head_dim  # cos and sin, made anew for queries and for keys
-        if parallel.context > 1:
-            # Both runs of queries keep copies of all keys and values up to their own end.
-            saved += b * 2 * kv_heads * arch.head_dim * (parallel.context + 0.5)
+    if not fused or arch.rope_interleaved:
+        saved += b * 4 * arch.rotary_dim  # cos and sin, made anew for queries and for keys
+    if not fused and parallel.context > 1:
+        # Both runs of queries keep copies of all keys and values up to their own end.
+        saved += b * 2 * kv_heads * arch.head_dim * (parallel.context + 0.5)
     if arch.is_moe_layer(layer):
         mlp_saved, mlp_working = _experts(arch, parallel, b, shard, fused)
     else:
         f = arch.ffn_hidden_size / tp
-        mlp_saved = b * (h * shard + _gated(f, fused))
+        # Megatron's configuration fuses no other activation.
+        mlp_saved = b * (h * shard + _gated(f, fused and arch.activation == "silu"))
         mlp_working = b * (h + 3 * f)
     working = b * 2 * h + max(b * (qkv + rotated + out), mlp_working)
     return Widths(saved + mlp_saved, attention_bytes, b * h * shard, working)

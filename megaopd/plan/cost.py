@@ -49,10 +49,15 @@ def flow_seconds(flow: Flow, machine: Machine) -> float:
 def layer_flops(arch: ModelArch, layer: int, tokens_per_sample: float) -> tuple[float, float]:
     """(products with weights, attention) of one token in one layer, forward.
 
-    Two for every weight; causal attention over a sequence of S tokens costs 2 products of
-    num_heads x head_dim x S / 2 multiply-adds a token.
+    Two for every weight; attention costs 2 products of num_heads x head_dim multiply-adds for every
+    token that one sees. Of a sequence of S tokens that is S / 2 on average, through a window of W
+    tokens W - W^2 / 2S.
     """
-    attention = 2 * arch.num_heads * arch.head_dim * tokens_per_sample
+    seen = tokens_per_sample / 2
+    window = arch.window_size(layer)
+    if window is not None and window < tokens_per_sample:
+        seen = window - window**2 / (2 * tokens_per_sample)
+    attention = 4 * arch.num_heads * arch.head_dim * seen
     return 2 * active_parameters(arch)[layer], attention
 
 

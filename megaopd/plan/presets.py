@@ -9,6 +9,7 @@ from typing import Any
 
 from megaopd.errors import ConfigError
 from megaopd.models.arch import ModelArch, read_arch
+from megaopd.storage.steps import hf_directory
 
 
 def _qwen3(
@@ -79,7 +80,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def find_arch(name: str, key: str) -> ModelArch:
-    """The architecture of a Hugging Face directory (its config.json is enough) or of a preset.
+    """The architecture of a directory of either format (its config.json is enough) or of a preset.
 
     A directory is looked for first; a path whose last part is a preset's name, such as
     `models/Qwen3-8B`, means the preset where there is no such directory.
@@ -91,8 +92,8 @@ def find_arch(name: str, key: str) -> ModelArch:
         ConfigError: neither a directory with a config.json nor a preset.
         CheckpointError: the config.json is not whole.
     """
-    if name and (Path(name) / "config.json").is_file():
-        return read_arch(name)
+    if name and (hf_directory(name) / "config.json").is_file():
+        return read_arch(hf_directory(name))
     preset = PRESETS.get(Path(name).name) if name else None
     if preset is None:
         raise ConfigError(

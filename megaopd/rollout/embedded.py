@@ -24,19 +24,21 @@ from megaopd.rollout.agent.batching import Request, hold_conversations
 from megaopd.rollout.conversation import Conversation, Converse, mean_metrics, single_turn
 from megaopd.rollout.deferred import DeferredRollout
 from megaopd.rollout.sampling import check_sampling_params, sample_tokens, sample_uniforms
+from megaopd.storage.steps import hf_directory
 
 # A shorter common prefix is not worth a forward pass of its own.
 MIN_SHARED_PREFIX = 8
 
 
 class EmbeddedEngine:
-    """A `RolloutEngine` over transformers' model of a Hugging Face directory.
+    """A `RolloutEngine` over transformers' model of a directory of either format.
 
     The model is built from the directory's config.json alone and generates once `load_weights` has
-    brought every tensor. `EmbeddedEngine.from_pretrained` takes the directory's own weights.
+    brought every tensor. `EmbeddedEngine.from_pretrained` takes a Hugging Face directory's own
+    weights.
 
     Args:
-        model_path: Hugging Face directory.
+        model_path: Hugging Face directory or Megatron checkpoint.
         device: where the model lives.
         dtype: of weights and activations; log-probabilities are computed in fp32.
         batch_size: most sequences that are generated at once on a rank.
@@ -67,7 +69,9 @@ class EmbeddedEngine:
                     model_path, dtype=dtype, local_files_only=True
                 )
             else:
-                config = AutoConfig.from_pretrained(model_path, local_files_only=True)
+                config = AutoConfig.from_pretrained(
+                    hf_directory(model_path), local_files_only=True, trust_remote_code=False
+                )
                 # Random values would cost time and the trainer's random state, and be overwritten.
                 with no_init_weights():
                     model = AutoModelForCausalLM.from_config(config, dtype=dtype)

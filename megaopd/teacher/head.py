@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megaopd.checkpoint import open_weights
 from megaopd.models.arch import ModelArch
-from megaopd.models.hf_io import HFReader, load_vocab_rows
+from megaopd.models.hf_io import load_vocab_rows
 from megaopd.parallel.layout import Layout
 
 
@@ -95,12 +96,12 @@ def teacher_head(
         own_rows: the model's head on this rank; None on a rank without.
         own_range: the rows that it has.
         wanted: the rows that the student's head has on this rank; empty on a rank without.
-        path: the teacher's Hugging Face directory.
+        path: the teacher's directory, of either format; its files have been verified.
         dtype: of the teacher.
         apart: the head must outlast the model's stay on the device: its own rows are copied.
     """
     if own_rows is not None and own_range.start <= wanted.start and wanted.stop <= own_range.stop:
         own = own_rows[wanted.start - own_range.start : wanted.stop - own_range.start].detach()
         return HostedHead(own.to("cpu", copy=True), slot) if apart else ModelHead(own)
-    rows = load_vocab_rows(HFReader(path), arch, wanted.start, wanted.stop)
+    rows = load_vocab_rows(open_weights(path), arch, wanted.start, wanted.stop)
     return HostedHead(rows.to(dtype), slot)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from megaopd.batch import HiddenSignal, PackedBatch, Sample
+from megaopd.checkpoint.loading import load_model
 from megaopd.config import TeacherConfig
 from megaopd.data.packing import Batching
 from megaopd.engine import schedule
 from megaopd.engine.offload import HostOffload, parameters
-from megaopd.models import weights
 from megaopd.models.arch import ModelArch
 from megaopd.models.build import DTYPES, build_model
 from megaopd.models.mapping import padded_vocab_size
@@ -59,7 +59,7 @@ class MegatronTeacher:
         self.metrics: dict[str, float] = {}
         vocab_rows = padded_vocab_size(arch.vocab_size, groups.parallel.tensor)
         self.chunks = build_model(arch, groups.parallel, groups, config.dtype, vocab_rows)
-        weights.load_weights(self.chunks, arch, config.path)
+        load_model(self.chunks, arch, config.path)
         for chunk in self.chunks:
             chunk.requires_grad_(False).eval()
 

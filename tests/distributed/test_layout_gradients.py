@@ -35,7 +35,14 @@ from tests.helpers.tiny_models import make_tiny_model
 VOCAB_SIZE = 509
 NUM_LAYERS = 5
 TEACHER_HIDDEN = 48
-FAMILIES_BY_HEAD = {"untied": "Qwen3ForCausalLM", "tied": "LlamaForCausalLM"}
+# "sandwich" has QKV biases, and norms behind attention and MLP; "windows" such norms too, sliding
+# windows with a RoPE of their own, and a scaled embedding that is tied to the head.
+FAMILIES_BY_HEAD = {
+    "untied": "Qwen3ForCausalLM",
+    "tied": "LlamaForCausalLM",
+    "sandwich": "Glm4ForCausalLM",
+    "windows": "Gemma3ForCausalLM",
+}
 EMBEDDING = "model.embed_tokens.weight"
 
 TWO_RANKS = {
@@ -219,12 +226,12 @@ def _compare(bench: Workbench, head: str, packing: str) -> dict[str, Any]:
     }
 
 
-def _recomputed(bench: Workbench, freeze: tuple[str, ...]) -> dict[str, Any]:
+def _recomputed(bench: Workbench, freeze: tuple[str, ...], head: str = "tied") -> dict[str, Any]:
     """Whether every recomputation gives the gradients and the loss of none, to the bit."""
     batches = bench.batches(PACKINGS["three"])
     found = {}
     for recompute in ("none", "selective", "full"):
-        student = bench.student("tied", recompute=recompute, freeze=freeze)
+        student = bench.student(head, recompute=recompute, freeze=freeze)
         loss = bench.step(student, batches).metrics["loss/divergence"]
         found[recompute] = (loss, full_gradients(student))
     (loss, gradients), *others = found.values()
@@ -276,6 +283,7 @@ def _run_layouts(
                 found[name]["recomputed"] = {
                     "free": _recomputed(bench, ()),
                     "frozen": _recomputed(bench, (EMBEDDING,)),
+                    "windows": _recomputed(bench, (), "windows"),
                 }
     return found
 
@@ -291,7 +299,7 @@ def folder(tmp_path_factory) -> Path:
             num_hidden_layers=NUM_LAYERS,
             num_key_value_heads=4,
             vocab_size=VOCAB_SIZE,
-            tie_word_embeddings=head == "tied",
+            tie_word_embeddings=head in ("tied", "windows"),
         )
     return path
 
@@ -355,13 +363,13 @@ def test_a_rank_had_no_loss_token(all_layouts, layout):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("embedding", ["free", "frozen"])
+@pytest.mark.parametrize("model", ["free", "frozen", "windows"])
 @pytest.mark.parametrize("layout", RECOMPUTED)
-def test_recomputation_changes_no_bit(all_layouts, layout, embedding):
-    for found in (rank["recomputed"][embedding] for rank in all_layouts(layout)):
+def test_recomputation_changes_no_bit(all_layouts, layout, model):
+    for found in (rank["recomputed"][model] for rank in all_layouts(layout)):
         assert found["same_loss"] == [True, True]
         assert found["same_bits"] == [True, True]
-        assert found["moving"] == found["all"] - (embedding == "frozen")
+        assert found["moving"] == found["all"] - (model == "frozen")
 
 
 @pytest.mark.slow

@@ -42,10 +42,11 @@ def _samples(vocab_size: int, seed: int) -> list[Sample]:
 
 @dataclass(frozen=True)
 class Case:
-    """One model in one layout."""
+    """One model in one layout; only in fp32 are there logits to compare."""
 
     path: str
     parallel: ParallelConfig
+    dtype: str = "fp32"
 
     @property
     def world_size(self) -> int:
@@ -57,12 +58,20 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rank saw: on ranks without logits `difference` and `magnitude` are None."""
+    """What a rank saw.
+
+    Attributes:
+        difference: the largest, of its logits from transformers'; None where it has none.
+        magnitude: the largest logit of transformers; None likewise.
+        unequal: exported tensors that are not the file's.
+        replicated: keys of a distributed checkpoint that this rank gives in full, with its place
+            among the ranks that have the same.
+    """
 
     difference: float | None
     magnitude: float | None
     unequal: list[str]
-    names: set[str]
+    replicated: dict[str, tuple[int, ...]]
 
 
 def _check_models(rank: int, world_size: int, cases: list[Case]) -> list[Outcome]:
@@ -81,21 +90,28 @@ def _check_model(case: Case) -> Outcome:
     groups = parallel_groups.initialize(parallel, torch.device("cpu"), seed=1)
     arch = read_arch(path)
     rows = padded_vocab_size(arch.vocab_size, parallel.tensor)
-    chunks = build_model(arch, parallel, groups, "fp32", rows)
+    chunks = build_model(arch, parallel, groups, case.dtype, rows)
     weights.load_weights(chunks, arch, path)
     for chunk in chunks:
         chunk.eval()
 
-    samples = _samples(arch.vocab_size, seed=3 + groups.dp.rank())
-    batch = pack(samples, pad_to_multiple=parallel.tensor)
-    collected = forward_only(
-        chunks,
-        [batch] * parallel.pipeline,
-        groups,
-        lambda i, b, hidden: hidden @ chunks[-1].head.T,
-    )
+    with_graph: list[bool] = []  # of every layer's output; a forward pass alone keeps none
+    for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
+        layer.register_forward_hook(lambda _, args, out: with_graph.append(out[0].requires_grad))
     difference = magnitude = None
-    if groups.is_last_stage:
+    collected = []
+    if case.dtype == "fp32":
+        samples = _samples(arch.vocab_size, seed=3 + groups.dp.rank())
+        batch = pack(samples, pad_to_multiple=parallel.tensor)
+        collected = forward_only(
+            chunks,
+            [batch] * parallel.pipeline,
+            groups,
+            lambda i, b, hidden: hidden @ chunks[-1].head.T,
+        )
+        assert with_graph
+        assert not any(with_graph)
+    if collected and groups.is_last_stage:
         shards = [torch.empty_like(collected[0]) for _ in range(parallel.tensor)]
         dist.all_gather(shards, collected[0].contiguous(), group=groups.tp)
         ours = torch.cat(shards, -1)[:, : arch.vocab_size]
@@ -106,11 +122,19 @@ def _check_model(case: Case) -> Outcome:
     reader, unequal, names = HFReader(path), [], set()
     for name, exported in weights.export_weights(chunks, arch, groups):
         names.add(name)
-        if not torch.equal(exported, reader.read(name)):
+        if exported.dtype != reader.dtype(name) or not torch.equal(exported, reader.read(name)):
             unequal.append(name)
     assert names == set(reader.names())
+    with groups.active():
+        metadata = {"dp_cp_group": groups.dp_cp}
+        sharded = [s for c in chunks for s in c.sharded_state_dict(metadata=metadata).values()]
+    replicated = {
+        s.key: s.replica_id
+        for s in sharded
+        if s.key.endswith("norm.weight") and s.global_shape[-1] == s.local_shape[-1]
+    }
     parallel_groups.release()
-    return Outcome(difference, magnitude, unequal, names)
+    return Outcome(difference, magnitude, unequal, replicated)
 
 
 @torch.no_grad()
@@ -127,6 +151,9 @@ def _run(cases: list[Case]) -> None:
     for i, case in enumerate(cases):
         outcomes = [outcomes[i] for outcomes in by_rank]
         assert all(not o.unequal for o in outcomes), (case, outcomes[0].unequal)
+        _check_checkpointed_norms(case, outcomes)
+        if case.dtype != "fp32":
+            continue
         with_logits = [o for o in outcomes if o.difference is not None]
         assert len(with_logits) == world_size // case.parallel.pipeline
         for outcome in with_logits:
@@ -134,14 +161,31 @@ def _run(cases: list[Case]) -> None:
             assert outcome.magnitude > 1.0  # random or zero weights would not get here
 
 
-def test_one_rank(tmp_path):
-    cases = []
-    for family in sorted(FAMILIES):
-        for tied in (True, False):
-            path = make_tiny_model(
-                tmp_path / f"{family}{tied}", family, tie_word_embeddings=tied, vocab_size=509
+def _check_checkpointed_norms(case: Case, outcomes: list[Outcome]) -> None:
+    """The norms behind attention and MLP are in a checkpoint once, whoever writes it."""
+    if not read_arch(case.path).post_norms:
+        return
+    for key in ("decoder.layers.self_attn_bda.norm.weight", "decoder.layers.mlp_bda.norm.weight"):
+        places = [o.replicated[key] for o in outcomes]
+        if case.parallel.pipeline == 1:
+            assert len(set(places)) == len(outcomes), (case, key, places)
+
+
+def _models(folder: Path) -> dict[str, list[Path]]:
+    """By family a tied model and an untied one, of a vocabulary that nothing divides."""
+    return {
+        family: [
+            make_tiny_model(
+                folder / f"{family}{tied}", family, tie_word_embeddings=tied, vocab_size=509
             )
-            cases.append(Case(str(path), ParallelConfig()))
+            for tied in (True, False)
+        ]
+        for family in sorted(FAMILIES)
+    }
+
+
+def test_one_rank(tmp_path):
+    cases = [Case(str(p), ParallelConfig()) for paths in _models(tmp_path).values() for p in paths]
     for rope in sorted(set(ROPE_VARIANTS) - {"default"}):
         path = make_tiny_model(
             tmp_path / rope, "LlamaForCausalLM", rope_parameters=ROPE_VARIANTS[rope]
@@ -152,18 +196,69 @@ def test_one_rank(tmp_path):
 
 def test_two_ranks(tmp_path):
     cases = []
-    for family in sorted(FAMILIES):
-        for tied in (True, False):
-            path = make_tiny_model(
-                tmp_path / f"{family}{tied}", family, tie_word_embeddings=tied, vocab_size=509
-            )
-            cases += [
-                Case(str(path), ParallelConfig(tensor=2)),
-                Case(str(path), ParallelConfig(tensor=2, sequence_parallel=True)),
-                Case(str(path), ParallelConfig(pipeline=2)),
-                Case(str(path), ParallelConfig(pipeline=2, virtual_pipeline=2)),
+    for family, paths in _models(tmp_path).items():
+        for path in paths:
+            layouts = [
+                ParallelConfig(tensor=2),
+                ParallelConfig(tensor=2, sequence_parallel=True),
+                ParallelConfig(pipeline=2),
+                ParallelConfig(pipeline=2, virtual_pipeline=2),
             ]
+            if FAMILIES[family].moe_layer:
+                layouts.append(ParallelConfig(expert=2))
+            cases += [Case(str(path), layout) for layout in layouts]
     _run(cases)
+
+
+def test_bf16_is_loaded_to_the_bit(tmp_path):
+    cases = []
+    for family in sorted(FAMILIES):
+        path = make_tiny_model(tmp_path / family, family, dtype=torch.bfloat16, vocab_size=509)
+        cases.append(Case(str(path), ParallelConfig(tensor=2), "bf16"))
+        cases.append(Case(str(path), ParallelConfig(pipeline=2), "bf16"))
+    _run(cases)
+
+
+# Windows shorter than the sequences: of some layers, of all, and as a mixture has it.
+WINDOWS = {
+    "later_layers": (
+        "Qwen3ForCausalLM",
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+    ),
+    "some_layers": (
+        "Qwen3ForCausalLM",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 3,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    "all_layers": (MOE, {"use_sliding_window": True, "sliding_window": 2}),
+}
+
+
+def _windows(folder: Path, layouts: list[ParallelConfig]) -> list[Case]:
+    cases = []
+    for name, (family, fields) in WINDOWS.items():
+        path = make_tiny_model(folder / name, family, vocab_size=509, **fields)
+        window = read_arch(path).window
+        assert window is not None
+        assert window.size == fields["sliding_window"]
+        cases += [Case(str(path), parallel) for parallel in layouts]
+    return cases
+
+
+def test_windows_on_one_rank(tmp_path):
+    _run(_windows(tmp_path, [ParallelConfig()]))
+
+
+def test_windows_on_two_ranks(tmp_path):
+    layouts = [
+        ParallelConfig(tensor=2, sequence_parallel=True),
+        ParallelConfig(pipeline=2, layers_per_stage=(1, 3)),
+        ParallelConfig(pipeline=2, virtual_pipeline=2),
+    ]
+    _run(_windows(tmp_path, layouts))
 
 
 MIXTURES = {
@@ -186,6 +281,7 @@ def test_mixtures_on_one_rank(tmp_path):
     _run(_mixtures(tmp_path, [ParallelConfig()]))
 
 
+@pytest.mark.slow
 def test_mixtures_on_two_ranks(tmp_path):
     layouts = [
         ParallelConfig(expert=2),
@@ -196,6 +292,7 @@ def test_mixtures_on_two_ranks(tmp_path):
     _run(_mixtures(tmp_path, layouts))
 
 
+@pytest.mark.slow
 def test_mixtures_on_four_ranks(tmp_path):
     layouts = [
         ParallelConfig(tensor=2, expert=2, sequence_parallel=True),
@@ -213,6 +310,7 @@ def test_fused_experts(tmp_path):
     _run([Case(str(tmp_path / "fused"), ParallelConfig(expert=2, expert_tensor=1))])
 
 
+@pytest.mark.slow
 def test_three_ranks(tmp_path):
     cases = []
     for family in ("LlamaForCausalLM", MOE):

@@ -50,6 +50,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "untied": ("Qwen3ForCausalLM", {}),
     "tied": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
     "moe": ("Qwen3MoeForCausalLM", MOE),
+    "windows": ("Gemma3ForCausalLM", {"tie_word_embeddings": True, "sliding_window": 32}),
+    "norms": ("Glm4ForCausalLM", {}),  # of outputs too; biases; gate and up in one tensor
 }
 LAYOUTS = {
     "dp2": ParallelConfig(),
@@ -72,6 +74,10 @@ CASES: tuple[Case, ...] = (
     ("tied", "pp2", "bf16", "none"),
     ("moe", "dp2", "bf16", "none"),
     ("moe", "ep2", "bf16", "none"),
+    ("norms", "dp2", "bf16", "none"),
+    ("norms", "tp2_sp", "bf16", "none"),
+    ("windows", "dp2", "bf16", "none"),
+    ("windows", "cp2", "bf16", "none"),
 )
 
 

@@ -28,7 +28,15 @@ from megaopd.models.arch import read_arch
 from tests.helpers.tiny_models import make_tiny_model
 
 VOCAB_SIZE = 509
-FAMILIES_BY_HEAD = {"untied": "Qwen3ForCausalLM", "tied": "LlamaForCausalLM"}
+# "sandwich" has QKV biases, and norms behind attention and MLP; "windows" such norms too, sliding
+# windows with a RoPE of their own, and a scaled embedding.
+FAMILIES_BY_HEAD = {
+    "untied": "Qwen3ForCausalLM",
+    "tied": "LlamaForCausalLM",
+    "sandwich": "Glm4ForCausalLM",
+    "windows": "Gemma3ForCausalLM",
+}
+TIED = ("tied", "windows")
 
 # Parameter's canonical name -> this rank's shard of its gradient.
 Gradients = dict[str, Tensor]
@@ -37,7 +45,7 @@ Gradients = dict[str, Tensor]
 def make_models(folder: Path) -> None:
     """A student and a teacher for each kind of head, where `Workbench.config` looks for them."""
     for head, family in FAMILIES_BY_HEAD.items():
-        sizes = {"vocab_size": VOCAB_SIZE, "tie_word_embeddings": head == "tied"}
+        sizes = {"vocab_size": VOCAB_SIZE, "tie_word_embeddings": head in TIED}
         make_tiny_model(folder / f"{head}_student", family, seed=2, num_hidden_layers=2, **sizes)
         make_tiny_model(folder / f"{head}_teacher", family, seed=1, **sizes)
 

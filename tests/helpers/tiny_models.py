@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 PAD_TOKEN, EOS_TOKEN = "<pad>", "<eos>"
 
@@ -34,6 +34,19 @@ TINY_MOE: dict[str, Any] = {
     "moe_intermediate_size": 48,
     "norm_topk_prob": True,
 }
+
+# What only models of one `model_type` have; Mistral's class has a window where none is given.
+# Gemma 3 gets a window shorter than the tests' sequences, in every other layer, and a scale of the
+# attention that is not the default's.
+TINY_FIELDS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "gemma3_text": {
+        "sliding_window": 4,
+        "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 24,
+    },
+}
+WINDOW_ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1_000.0}
 
 # Sizes that 3 tensor-parallel ranks divide, with a vocabulary that nothing divides.
 TP3_CONFIG: dict[str, Any] = {
@@ -66,10 +79,18 @@ ROPE_VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(config_class: type) -> dict[str, Any]:
-    """The fields of a tiny model's configuration."""
+def tiny_config(config_class: type[PreTrainedConfig], rope: str = "default") -> dict[str, Any]:
+    """The fields of a tiny model's configuration, with an entry of `ROPE_VARIANTS`."""
     moe = TINY_MOE if hasattr(config_class, "moe_intermediate_size") else {}
-    return TINY_CONFIG | moe | {"rope_parameters": dict(ROPE_VARIANTS["default"])}
+    own = TINY_FIELDS.get(config_class.model_type, {})
+    return TINY_CONFIG | moe | own | {"rope_parameters": rope_parameters(config_class, rope)}
+
+
+def rope_parameters(config_class: type[PreTrainedConfig], rope: str) -> dict[str, Any]:
+    """An entry of `ROPE_VARIANTS` as a class spells it: Gemma 3 has one by type of layer."""
+    if config_class.model_type == "gemma3_text":
+        return {"full_attention": dict(ROPE_VARIANTS[rope]), "sliding_attention": dict(WINDOW_ROPE)}
+    return dict(ROPE_VARIANTS[rope])
 
 
 def make_tiny_model(
@@ -83,14 +104,14 @@ def make_tiny_model(
 ) -> Path:
     """Writes a random model of `family`, with its tokenizer, to directory `dst` and returns it.
 
-    Norm weights lie around 1 and biases around 0, neither exactly, so that a tensor which is left
-    out or put in the wrong place changes the logits. The same arguments write the same bytes.
+    Norm weights lie around 1 (around 0 where 1 is added to them) and biases around 0, neither
+    exactly, so that a tensor which is left out or put in the wrong place changes the logits. The
+    same arguments write the same bytes.
 
     Args:
         family: the name of a transformers class, such as "LlamaForCausalLM".
         max_shard_size: a size below the model's, such as "200KB", writes several safetensors files.
-        **overrides: fields of the family's configuration, over `TINY_CONFIG` and, where the family
-            is a mixture of experts, `TINY_MOE`.
+        **overrides: fields of the family's configuration, over `tiny_config`.
     """
     dst = Path(dst)
     model_class = getattr(transformers, family)
@@ -103,7 +124,8 @@ def make_tiny_model(
         with torch.no_grad():
             for name, param in model.named_parameters():
                 if param.dim() == 1:
-                    param.normal_(mean=1.0 if "norm" in name else 0.0, std=0.2)
+                    around_1 = "norm" in name and "Gemma" not in family
+                    param.normal_(mean=float(around_1), std=0.2)
     model.to(dtype).save_pretrained(dst, max_shard_size=max_shard_size)
     tiny_tokenizer(vocab_size).save_pretrained(dst)
     return dst

@@ -1,10 +1,11 @@
 """Packed attention against one softmax under an explicit mask, in fp64, on every rank of a
-context-parallel group; rotary positions; the norm and its mark."""
+context-parallel group; rotary positions."""
 
 from __future__ import annotations
 
 import math
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from megaopd.data.packing import pack
 from megaopd.models.attention import (  # isort: split
     PackedAttention,
     PackedSequences,
-    RMSNorm,
+    _blocks,
     _each_sequence,
     key_pieces,
 )
@@ -43,6 +44,13 @@ def _inputs(heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
 
 
+def _with_window(window: int | None) -> dict[str, Any]:
+    """Megatron's spelling of a window; the first of two layers has it."""
+    if window is None:
+        return {}
+    return {"window_size": (window - 1, 0), "window_attn_skip_freq": [1, 0]}
+
+
 def _packed(lengths: tuple[int, ...] = LENGTHS, qkv_format: str = "thd") -> PackedSequences:
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     return PackedSequences(
@@ -54,21 +62,35 @@ def _packed(lengths: tuple[int, ...] = LENGTHS, qkv_format: str = "thd") -> Pack
     )
 
 
-def _attention(heads: int, kv_heads: int, scale: float | None = None) -> PackedAttention:
+def _attention(
+    heads: int,
+    kv_heads: int,
+    scale: float | None = None,
+    window: int | None = None,
+    layer_number: int = 1,
+) -> PackedAttention:
     config = TransformerConfig(
-        num_layers=1,
+        num_layers=2,
         hidden_size=heads * HEAD_DIM,
         num_attention_heads=heads,
         num_query_groups=kv_heads,
         kv_channels=HEAD_DIM,
+        **_with_window(window),
     )
     # Megatron hands over more than is used.
     return PackedAttention(
-        config, 1, AttnMaskType.padding_causal, "self", softmax_scale=scale, cp_comm_type=None
+        config,
+        layer_number,
+        AttnMaskType.padding_causal,
+        "self",
+        softmax_scale=scale,
+        cp_comm_type=None,
     )
 
 
-def _reference(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+def _reference(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None
+) -> Tensor:
     """softmax(scale q k^T + mask) v over all T tokens at once; [T, heads * head_dim]."""
     heads = query.size(1)
     # Query head h reads KV head h // (heads / kv_heads).
@@ -78,16 +100,24 @@ def _reference(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -
     tokens = torch.arange(query.size(0))
     sequence = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
     seen = (sequence[:, None] == sequence[None]) & (tokens[:, None] >= tokens[None])
+    if window is not None:
+        # As transformers has it: kv_idx > q_idx - sliding_window.
+        seen &= tokens[None] > tokens[:, None] - window
     probs = scores.masked_fill(~seen, -torch.inf).softmax(-1)
     return torch.einsum("hts,shd->thd", probs, value[:, owner]).flatten(1)
 
 
+# Windows of the token alone, within and at the end of sequences, and as long as the longest.
+WINDOWS = [None, 1, 2, 3, 4, 5, 8, 9, 100]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("scale", [None, 0.9])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 2), (3, 1)])
-def test_values_and_gradients(heads, kv_heads, scale):
+def test_values_and_gradients(heads, kv_heads, scale, window):
     inputs = _inputs(heads, kv_heads)
-    out = _attention(heads, kv_heads, scale)(*inputs, packed_seq_params=_packed())
-    expected = _reference(*inputs, scale)
+    out = _attention(heads, kv_heads, scale, window)(*inputs, packed_seq_params=_packed())
+    expected = _reference(*inputs, scale, window)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
     upstream = torch.randn_like(out)
@@ -109,21 +139,46 @@ def _zigzag(cp_rank: int, cp_size: int) -> Tensor:
     return torch.cat(found)
 
 
+@pytest.mark.parametrize("window", [None, 1, 2, 3, 5, 7, 12, 24])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
 @pytest.mark.parametrize("cp_size", [2, 4])
-def test_every_context_parallel_rank_computes_its_part(monkeypatch, cp_size, heads, kv_heads):
+def test_every_context_parallel_rank_computes_its_part(
+    monkeypatch, cp_size, heads, kv_heads, window
+):
     """The collective itself is tested in tests/distributed."""
     monkeypatch.setattr(sys.modules[__name__], "LENGTHS", CP_LENGTHS)
     query, key, value = _inputs(heads, kv_heads)
-    expected = _reference(query, key, value, None)
+    expected = _reference(query, key, value, None, window)
     held = [_zigzag(rank, cp_size) for rank in range(cp_size)]
     assert torch.cat(held).sort()[0].equal(torch.arange(sum(CP_LENGTHS)))
     everyones = torch.cat(held)  # as the all-gather lays them
     for rank, mine in enumerate(held):
         pieces = key_pieces(_packed(CP_LENGTHS).cu_seqlens_q, rank, cp_size)
         k, v = (x[everyones][pieces.source] for x in (key, value))
-        out = _each_sequence(query[mine], k, v, pieces, None).flatten(1)
+        out = _each_sequence(query[mine], k, v, pieces, None, window).flatten(1)
         torch.testing.assert_close(out, expected[mine], rtol=1e-12, atol=1e-12)
+
+
+def test_a_window_is_of_its_layers():
+    inputs = _inputs(4, 2)
+    with_window, without = (_attention(4, 2, window=3, layer_number=n) for n in (1, 2))
+    assert (with_window.window, without.window) == (3, None)
+    full = _attention(4, 2)(*inputs, packed_seq_params=_packed())
+    assert without(*inputs, packed_seq_params=_packed()).equal(full)
+    out = with_window(*inputs, packed_seq_params=_packed())
+    # Within the window all is as without.
+    starts = [0, 1, 2, 5, 6, 7, 8, 15, 16, 17]
+    same = torch.isclose(out, full, rtol=1e-12, atol=1e-12).all(dim=1)
+    assert same.nonzero().flatten().tolist() == starts
+
+
+def test_the_masks_of_a_long_sequence_stay_narrow():
+    """Linear in the length of the sequence, as the window's cost is."""
+    pieces = key_pieces(_packed((1000, 7)).cu_seqlens_q, 0, 1)
+    blocks = [(q.stop - q.start, k.stop - k.start) for q, k in _blocks(pieces, 10)]
+    assert sum(queries for queries, _ in blocks) == 1007
+    assert max(keys for _, keys in blocks) == 19
+    assert list(_blocks(pieces, None)) == [(slice(0, 1000),) * 2, (slice(1000, 1007),) * 2]
 
 
 class _Group:
@@ -212,35 +267,3 @@ def test_a_lone_token_gets_its_own_value():
 def test_what_is_not_packed_is_refused(packed):
     with pytest.raises(ValueError, match="packed"):
         _attention(4, 2)(*_inputs(4, 2), packed_seq_params=packed)
-
-
-def _norm(dtype: torch.dtype, sequence_parallel: bool = False) -> RMSNorm:
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=64,
-        num_attention_heads=4,
-        tensor_model_parallel_size=2,
-        sequence_parallel=sequence_parallel,
-        params_dtype=dtype,
-    )
-    return RMSNorm(config, 64, eps=1e-3, persist_layer_norm=False)
-
-
-@pytest.mark.parametrize("sequence_parallel", [True, False])
-def test_the_norm_tells_megatron_whether_its_gradient_is_partial(sequence_parallel):
-    weight = _norm(torch.float32, sequence_parallel).weight
-    assert weight.sequence_parallel is sequence_parallel
-
-
-@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.bfloat16, 2**-7)])
-def test_rms_norm(dtype, rtol):
-    norm = _norm(dtype)
-    assert norm.weight.dtype == dtype
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        norm.weight.copy_(1 + 0.2 * torch.randn(64, generator=generator))
-    x = (0.05 * torch.randn(7, 64, generator=generator)).to(dtype)  # where eps matters
-    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-3).sqrt()
-    out = norm(x)
-    assert out.dtype == dtype
-    torch.testing.assert_close(out.double(), exact * norm.weight.double(), rtol=rtol, atol=0)

@@ -23,13 +23,19 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megaopd"
 # models.mapping is a room of its own, outside models.
 LAYERS = (
     ("errors", "logger", "memory", "parallel.cpu"),
-    ("config config_compose config_layouts config_rollout config_schema config_servers config_validate", "batch"),
+    ("storage",),
+    (
+        "config config_compose config_layouts config_rollout config_schema config_servers"
+        " config_validate",
+        "batch",
+    ),
     ("parallel.layout",),
     ("protocols", "metrics", "data", "parallel"),
     ("losses", "rewards", "rollout", "models.mapping models.families"),
     ("models", "weight_sync", "evaluation", "report report_svg"),
+    ("checkpoint",),
     ("engine", "trainer", "inputs", "summary", "plan"),
-    ("teacher",),
+    ("teacher", "convert"),
     ("train train_rollout",),
 )
 
@@ -41,11 +47,11 @@ ONLY_IMPORTERS = {
     "hydra": ("config_compose",),
     "omegaconf": ("config_compose",),
     "yaml": ("config_compose",),
-    "megatron": ("parallel", "models", "engine"),
+    "megatron": ("parallel", "models", "checkpoint.saving", "engine"),
     "megatron.core.parallel_state": ("parallel.groups",),
     "megatron.core.mpu": (),
-    "transformers": ("data", "models", "rollout", "train"),
-    "safetensors": ("models.hf_io", "weight_sync.disk"),
+    "transformers": ("data", "models", "rollout", "convert.logits", "train"),
+    "safetensors": ("weight_sync.disk",),
     "wandb": ("metrics",),
     "tests": (),
     "tools": (),
@@ -63,6 +69,10 @@ LIGHT = {
     "plan.table": ("megatron",),
     "models.families": ("megatron", "transformers"),
     "rollout.embedded": ("megatron",),
+    "storage.steps": ("torch",),
+    "checkpoint": ("megatron",),
+    "convert.to_megatron": ("megatron",),
+    "convert.to_hf": ("megatron",),
 }
 
 

@@ -6,19 +6,15 @@ from safetensors.torch import load_file
 
 from megaopd.errors import ConfigError
 from megaopd.models.arch import read_arch
-from megaopd.models.families import FAMILIES, Family, hf_shapes, param_mappings
+from megaopd.models.families import FAMILIES, hf_shapes, param_mappings
 from megaopd.models.mapping import QKV, GatedMLP, Partition, RowParallel, Vocab, canonical_name
 from tests.helpers.tiny_models import TP3_CONFIG, make_tiny_model
 
-# Not a family of its own here: it shows that one entry is enough, and exercises the biases.
-WITH_BIAS = "Qwen2ForCausalLM"
 MOE = "Qwen3MoeForCausalLM"
 
 
-@pytest.fixture(params=[*sorted(FAMILIES), WITH_BIAS])
-def family(request, monkeypatch):
-    if request.param == WITH_BIAS:
-        monkeypatch.setitem(FAMILIES, WITH_BIAS, Family("Qwen2Config", qkv_bias=True))
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request):
     return request.param
 
 
@@ -63,7 +59,8 @@ def test_round_trip_is_exact(tmp_path, family, tied, tp_size):
     assert ("output_layer.weight" in shards) == (not tied)
     assert ("decoder.layers.3.self_attention.q_layernorm.weight" in shards) == arch.qk_norm
     assert ("decoder.layers.3.mlp.experts.2.linear_fc1.weight" in shards) == bool(arch.moe)
-    assert ("decoder.layers.3.self_attention.linear_qkv.bias" in shards) == (family == WITH_BIAS)
+    assert ("decoder.layers.3.self_attention.linear_qkv.bias" in shards) == arch.qkv_bias
+    assert ("decoder.layers.3.mlp_bda.norm.weight" in shards) == arch.post_norms
 
     embedding = torch.cat(shards["embedding.word_embeddings.weight"])
     assert embedding.shape == (rows, arch.hidden_size)
@@ -101,6 +98,16 @@ def test_gate_rows_precede_up_rows_on_each_rank():
     read = lambda i, rows: (gate, up)[i][rows]
     assert layout.load(read, Partition(0, 2, 0)).flatten().tolist() == [0, 1, 10, 11]
     assert layout.load(read, Partition(1, 2, 0)).flatten().tolist() == [2, 3, 12, 13]
+
+
+def test_gate_and_up_rows_of_one_tensor():
+    """Hugging Face's 4 gate rows, then 4 up rows; a rank has both of its features."""
+    weight = torch.tensor([[0], [1], [2], [3], [10], [11], [12], [13]])
+    layout = GatedMLP(ffn_size=4, cols=1, fused=True)
+    shards = [layout.load(lambda i, rows: weight[rows], Partition(r, 2, 0)) for r in range(2)]
+    assert [s.flatten().tolist() for s in shards] == [[0, 1, 10, 11], [2, 3, 12, 13]]
+    (exported,) = layout.export(shards)
+    assert torch.equal(exported, weight)
 
 
 def test_row_parallel_shares_the_columns():
@@ -173,6 +180,24 @@ def test_the_names_of_a_mixture(tmp_path):
         "decoder.layers.1.mlp.experts.1.linear_fc2.weight",
     ]
     assert [mapping.expert for mapping in mlp.values()] == [None, None, None, 0, 0, 1, 1]
+
+
+def test_norms_behind_attention_and_mlp(tmp_path):
+    """GLM-4's names: the norm called post_attention lies before the MLP."""
+    mappings = param_mappings(read_arch(make_tiny_model(tmp_path, "Glm4ForCausalLM")))
+    layer, theirs = "decoder.layers.3.", "model.layers.3."
+    norms = {
+        name.removeprefix(layer): mapping.hf[0].removeprefix(theirs)
+        for name, mapping in mappings.items()
+        if name.startswith(layer) and "norm" in name
+    }
+    assert norms == {
+        "input_layernorm.weight": "input_layernorm.weight",
+        "self_attn_bda.norm.weight": "post_self_attn_layernorm.weight",
+        "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+        "mlp_bda.norm.weight": "post_mlp_layernorm.weight",
+    }
+    assert mappings[layer + "mlp.linear_fc1.weight"].hf == (theirs + "mlp.gate_up_proj.weight",)
 
 
 def test_the_names_are_megatrons(tmp_path):

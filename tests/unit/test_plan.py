@@ -13,6 +13,7 @@ import pytest
 
 from megaopd.config import Config, ParallelConfig, TeacherConfig
 from megaopd.errors import ConfigError, MegaOPDError
+from megaopd.models.arch import WindowArch
 from megaopd.plan import cost, memory, traffic
 from megaopd.plan.__main__ import main
 from megaopd.plan.activations import in_flight, layer_widths, training_activations
@@ -74,6 +75,26 @@ def test_qwen3_8b_is_counted_exactly() -> None:
     assert total_parameters(arch) == 36 * layer + 2 * v * h + h == 8_190_735_360
     assert active_parameters(arch) == (layer,) * 36
     assert total_parameters(find_arch("Qwen3-32B", "teacher")) == 32_762_123_264
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "wanted"),
+    [  # Qwen2.5-7B, Mistral-7B-v0.3, GLM-4-9B, GLM-4-9B-0414
+        ("Qwen2", (28, 3584, 28, 4, 18_944, 152_064), 7_615_616_512),
+        ("Mistral", (32, 4096, 32, 8, 14_336, 32_768), 7_248_023_552),
+        ("Glm", (40, 4096, 32, 2, 13_696, 151_552), 9_399_951_360),
+        ("Glm4", (40, 4096, 32, 2, 13_696, 151_552), 9_400_279_040),
+    ],
+)
+def test_published_models_are_counted_exactly(
+    tmp_path: Path, family: str, fields: tuple[int, ...], wanted: int
+) -> None:
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
+    config = dict(zip((*names, "intermediate_size", "vocab_size"), fields, strict=True))
+    more = {"rms_norm_eps": 1e-5, "max_position_embeddings": 32_768, "sliding_window": None}
+    config |= more | {"architectures": [f"{family}ForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert total_parameters(find_arch(str(tmp_path), "student")) == wanted
 
 
 def test_a_token_of_a_mixture_meets_its_top_k_experts_alone() -> None:
@@ -296,6 +317,14 @@ def test_cost_model_counts_flops() -> None:
     seconds, bubble = cost.teacher_seconds(pipelined, machine)
     count = pipelined.num_micro_batches(ParallelConfig(pipeline=2), 8192)
     assert bubble == pytest.approx(seconds / (count + 1))
+
+
+@pytest.mark.parametrize("window", [1, 5, 64, 100])
+def test_a_window_costs_what_it_sees(window: int) -> None:
+    arch = replace(find_arch("Qwen3-8B", "student.path"), window=WindowArch(window, (1,)))
+    products, full = cost.layer_flops(arch, 0, 64)
+    seen = sum(min(t, window) for t in range(64)) + min(64, window) / 2  # half of the diagonal
+    assert cost.layer_flops(arch, 1, 64) == (products, pytest.approx(full * seen / (64 * 64 / 2)))
 
 
 def test_bandwidth_knows_nodes_and_adapters() -> None:

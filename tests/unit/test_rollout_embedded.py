@@ -23,6 +23,7 @@ MODELS = {
     "qwen3": ("Qwen3ForCausalLM", {}),
     "qwen3_moe": ("Qwen3MoeForCausalLM", {"mlp_only_layers": [1]}),
     "llama_tied": ("LlamaForCausalLM", {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
+    "gemma3": ("Gemma3ForCausalLM", {"tie_word_embeddings": True}),  # windows of 4 tokens
 }
 PARAMS = SamplingParams(max_new_tokens=12, temperature=0.8, seed=5)
 
@@ -177,7 +178,10 @@ def test_what_prompts_share_is_computed_once(engine, monkeypatch):
     params = replace(PARAMS, max_new_tokens=1, n=4)
     tokens = count_forward_tokens(engine, monkeypatch)
     engine.generate(PROMPT_SETS["header"], params)  # 20 tokens each, then at most 11
-    assert tokens == [20, 6 * 11]
+    if engine.model.config.model_type == "gemma3_text":  # padding would take up its windows
+        assert tokens == [6 * (20 + 11)]
+    else:
+        assert tokens == [20, 6 * 11]
     tokens.clear()
     engine.generate(PROMPT_SETS["header"][:1], params)
     assert tokens == [23]
@@ -269,7 +273,7 @@ class TestLoadWeights:
     def test_later_loads_may_bring_a_part(self, empty, weights):
         empty.load_weights(iter(weights.items()), version=1)
         before = empty.generate(PROMPT_SETS["different"], PARAMS)
-        name = "model.layers.1.mlp.down_proj.weight"
+        name = "model.layers.1.mlp.gate_proj.weight"  # a norm would undo a factor on down_proj
         empty.load_weights(iter([(name, weights[name] * 3)]), version=2)
         assert torch.equal(empty.model.state_dict()[name], weights[name] * 3)
         after = empty.generate(PROMPT_SETS["different"], PARAMS)

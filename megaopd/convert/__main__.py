@@ -1,0 +1,3 @@
+from megaopd.convert.cli import run
+
+run()
