@@ -244,6 +244,8 @@ def _check_teachers(config: Config) -> None:
                 "teachers", f"the name {name!r}", "name it in letters, digits, _ and -"
             )
     for key, teacher in _teachers(config).items():
+        if teacher.kind == "sglang":
+            _check_server_loss(config, key, teacher)
         if teacher.kind in _WITH_PATH:
             continue
         if teacher.path:
@@ -266,6 +268,25 @@ def _check_teachers(config: Config) -> None:
                 "are taken from the student on the same rank",
                 f"set {key}.parallel=null",
             )
+
+
+def _check_server_loss(config: Config, key: str, teacher: TeacherConfig) -> None:
+    """What the log-probs of a teacher on servers can be used for."""
+    loss, rollout = config.loss, config.rollout
+    if loss.temperature != 1:
+        raise ConfigError(
+            "loss.temperature",
+            f"{loss.temperature} with {key}.kind sglang, whose log-probs are those at temperature 1",
+            "set it to 1",
+        )
+    if teacher.top_k == 0 and (rollout.top_p < 1 or rollout.top_k):
+        cut = "rollout.top_p" if rollout.top_p < 1 else "rollout.top_k"
+        raise ConfigError(
+            cut,
+            f"the sampler leaves tokens out, and {key}.top_k is 0: an estimate from sampled tokens "
+            "needs the whole distribution",
+            f"set rollout.top_p=1 and rollout.top_k=0, or {key}.top_k=64",
+        )
 
 
 def _check_sizes(config: Config, world_size: int) -> None:

@@ -40,7 +40,12 @@ CHARTS = (
     Chart(
         "Divergence",
         "nats per token",
-        {"loss/divergence": "training loss", "eval/reverse_kl": "held-out reverse KL"},
+        {
+            "loss/divergence": "training loss",
+            "eval/reverse_kl": "held-out reverse KL",
+            "eval/reverse_kl_lower_bound": "held-out reverse KL, at least",
+            "eval/reverse_kl_estimate": "held-out reverse KL, estimated",
+        },
     ),
     Chart(
         "Accuracy",

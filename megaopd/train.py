@@ -115,8 +115,8 @@ def train(config: Config, inputs: Inputs) -> None:
     with (
         closing(ENGINES[config.rollout.kind](config, inputs, groups)) as engine,
         MetricsWriter(run_dir, config, enabled=is_main) as metrics,
+        closing(_teacher(config, inputs, StudentSide(groups, batching, vocab_rows))) as teacher,
     ):
-        teacher = _teacher(config, inputs, StudentSide(groups, batching, vocab_rows))
         student = MegatronStudent(
             config, inputs.student_arch, groups, vocab_rows, inputs.vocab_size
         )
@@ -219,6 +219,29 @@ def _student_as_teacher(
     return _checkpoint_teacher(name, own, config, inputs, student, slot)
 
 
+def _server_teacher(
+    name: str,
+    own: TeacherConfig,
+    config: Config,
+    inputs: Inputs,
+    student: StudentSide,
+    slot: HeadSlot,
+) -> Teacher:
+    from megaopd.teacher.sglang import SGLangTeacher
+
+    groups = student.groups
+    return SGLangTeacher(
+        own,
+        config.rollout.sglang,
+        inputs.vocab_size,
+        student.batching,
+        device=groups.device,
+        rank=groups.rank,
+        world_size=groups.world_size,
+        name=name,
+    )
+
+
 # By teacher.kind: (name, its configuration, the run's, inputs, the student's side, room for a head)
 # -> the teacher of the samples whose Prompt.teacher is that name. Collective.
 TEACHERS: dict[
@@ -227,6 +250,7 @@ TEACHERS: dict[
     "checkpoint": _checkpoint_teacher,
     "self": _student_as_teacher,
     "ema": _student_as_teacher,
+    "sglang": _server_teacher,
 }
 
 

@@ -35,7 +35,7 @@ class Evaluation:
     Attributes:
         greedy: accuracy and responses under greedy decoding.
         reverse_kl: mean reverse KL to the teacher over the tokens of samples at the rollout's
-            temperature.
+            temperature, as far as the teacher's signals tell: exact, bounded or estimated.
     """
 
     greedy: EvalResult
@@ -215,11 +215,13 @@ class OPDTrainer:
             micro_batches = self.batching.micro_batches(samples, assignment, self.rank)
             result = self.student.evaluate(micro_batches, self.teacher.score(samples))
         evaluation = Evaluation(greedy, result.metrics["loss/divergence"])
+        # The student names them by what its teachers let it measure.
+        yardsticks = {n: v for n, v in result.metrics.items() if n.startswith("eval/")}
         self.metrics.write(
             step,
             {
                 "eval/accuracy": greedy.accuracy,
-                "eval/reverse_kl": evaluation.reverse_kl,
+                **yardsticks,
                 "eval/response_tokens_mean": greedy.mean_length,
                 "eval/truncated_fraction": greedy.truncated_fraction,
                 **timer.metrics(),

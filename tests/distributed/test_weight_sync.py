@@ -28,7 +28,7 @@ from megaopd.train_rollout import TRANSPORTS
 from megaopd.weight_sync.servers import ServerSync
 from megaopd.weight_sync.transport import NoServerTookWeights
 from tests.helpers.distributed import run_distributed
-from tests.helpers.engine_contract import GREEDY, PARAMS, PROMPTS, TOLERANCE, VOCAB, Case
+from tests.helpers.engine_contract import CONTRACT, GREEDY, PARAMS, PROMPTS, TOLERANCE, VOCAB, Case
 from tests.helpers.fault_proxy import FaultProxy
 from tests.helpers.sglang import START_TIMEOUT_S, make_fleet
 from tests.helpers.tiny_models import make_tiny_model
@@ -178,6 +178,15 @@ def test_samples_are_of_the_trainer_s_weights(kind, models, fleet):
             expected = [case.greedy(prompt, GREEDY) for prompt in PROMPTS]
             assert [list(s.response_ids) for s in greedy] == expected
     assert not list(Path("/dev/shm").glob("megaopd-weights-*"))
+
+
+@pytest.mark.parametrize("check", CONTRACT.values(), ids=CONTRACT)
+def test_contract(check, models, fleet):
+    """What every engine does, here with weights that came from us."""
+    engine = connect(fleet.servers, settings("disk"))
+    ServerSync().sync(Files(models[1]), engine, 0)
+    check(Case(engine, models[1]))
+    engine.close()
 
 
 # Servers that fail.

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megaopd.batch import HiddenSignal, PackedBatch, Prompt, Sample, SamplingParams
+from megaopd.batch import PackedBatch, Prompt, Sample, SamplingParams, TeacherSignal
 from megaopd.protocols import StepResult
 
 NUM_TOKENS = 4
@@ -131,7 +131,7 @@ class ListedStudent:
         self.trained: list[list[str]] = []
 
     def train_step(
-        self, micro_batches: Sequence[PackedBatch], signals: Sequence[HiddenSignal]
+        self, micro_batches: Sequence[PackedBatch], signals: Sequence[TeacherSignal]
     ) -> StepResult:
         step = len(self.trained) + 1
         self.before_step(step)
@@ -140,9 +140,9 @@ class ListedStudent:
         return StepResult(metrics, len(self.trained[-1]) * NUM_TOKENS, step in self.skip)
 
     def evaluate(
-        self, micro_batches: Sequence[PackedBatch], signals: Sequence[HiddenSignal]
+        self, micro_batches: Sequence[PackedBatch], signals: Sequence[TeacherSignal]
     ) -> StepResult:
-        return StepResult({"loss/divergence": 0.5}, 1)
+        return StepResult({"loss/divergence": 0.5, "eval/reverse_kl": 0.5}, 1)
 
     def export_weights(self, only_trainable: bool = False) -> Iterator[tuple[str, Tensor]]:
         return iter(())
@@ -161,11 +161,14 @@ class SilentTeacher:
         self.metrics: dict[str, float] = {}
         self.followed = 0
 
-    def score(self, samples: Sequence[Sample]) -> list[HiddenSignal]:
+    def score(self, samples: Sequence[Sample]) -> list[TeacherSignal]:
         return []
 
     def follow(self, student: object) -> None:
         self.followed += 1
+
+    def close(self) -> None:
+        """It started nothing."""
 
 
 class Rows:

@@ -714,6 +714,21 @@ def test_what_can_work_is_not_refused(
             "teachers.m.urls[0]: http://10.1.1.1:1 is not on this host, and $MEGAOPD_TEACHER_API_K",
         ),
         (["teacher.top_k=-1"], 3, "teacher.top_k: found -1; expected 0 or more"),
+        (
+            ["teacher.kind=sglang", "teacher.urls=['http://localhost:1']", "loss.temperature=0.5"],
+            3,
+            "loss.temperature: 0.5 with teacher.kind sglang, whose log-probs are those at temper",
+        ),
+        (
+            [
+                "teacher.kind=sglang",
+                "teacher.urls=['http://localhost:1']",
+                "teacher.top_k=0",
+                "rollout.top_p=0.9",
+            ],
+            3,
+            "rollout.top_p: the sampler leaves tokens out, and teacher.top_k is 0: an estimate",
+        ),
         (["loss.importance_cap=0.5"], 3, "loss.importance_cap: found 0.5; expected 1 or more"),
         (["loss.icepop_low=1.5"], 3, "loss.icepop_low: found 1.5; expected a value in [0, 1]"),
         (["loss.icepop_high=0.9"], 3, "loss.icepop_high: found 0.9; expected 1 or more"),

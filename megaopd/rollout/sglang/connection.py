@@ -21,6 +21,8 @@ from megaopd.rollout.sglang.api import BadAnswer, ServerDown, ServerStalled
 T = TypeVar("T")
 
 CONNECT_TIMEOUT_S = 5.0
+# Servers close a connection that was idle for 5 s, and a POST on such a one fails.
+KEEP_ALIVE_S = 4.0
 # A request of its own may wait this many times longer than a whole server may be silent.
 LOST_AFTER = 10
 
@@ -45,7 +47,7 @@ def new_session() -> aiohttp.ClientSession:
     of the environment are not used: servers are addressed directly.
     """
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=75),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
         trust_env=False,
     )
@@ -98,14 +100,16 @@ class Connection:
             ServerDown: no connection, or it broke.
             RolloutError: the key is refused.
         """
+        # In a thread: weights are many megabytes, and the loop has streams to look after. As bytes,
+        # so that they are not encoded a second time.
+        data = None if body is None else await asyncio.to_thread(_encode, body)
         try:
             async with (
                 asyncio.timeout(timeout_s),
                 self._session.request(
                     method,
                     self.url + path,
-                    # As bytes: a body of many megabytes is not encoded a second time.
-                    data=None if body is None else json.dumps(body).encode(),
+                    data=data,
                     headers=_headers(key),
                 ) as response,
             ):
@@ -192,6 +196,10 @@ class Connection:
                 f"the server refuses the key (status {status})",
                 "set the variables named by rollout.sglang.api_key_env and admin_key_env",
             )
+
+
+def _encode(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body).encode()
 
 
 def _headers(key: str) -> dict[str, str]:
