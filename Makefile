@@ -5,10 +5,12 @@ BIN := $(VENV)/bin
 TASK ?= copy
 RANKS ?= 3
 DEMO := .cache/demo
+SGLANG := .cache/sglang
+SGLANG_SOURCES := $(wildcard tests/helpers/sglang_cpu/*)
 # What the demo trains with; the check of its export finds the run's directory by the same words.
 DEMO_RUN = conf=demo_cpu data=demo_$(TASK) $(ARGS)
 
-.PHONY: demo test test-fast lint docs clean
+.PHONY: demo sglang test test-fast lint docs clean
 
 # The reference lane: CPU, versions pinned in constraints.txt. torch goes first so that its exact pin is
 # met before any other package asks for a range.
@@ -26,12 +28,20 @@ demo: $(DEMO)/complete
 	$(BIN)/torchrun --nproc-per-node $(RANKS) -m megaopd.train $(DEMO_RUN)
 	$(BIN)/python tools/check_export.py $(DEMO_RUN)
 
+# SGLang for this CPU in an environment of its own, in which the tests start real servers.
+$(SGLANG)/installed: $(SGLANG_SOURCES)
+	rm -rf $(SGLANG)
+	tests/helpers/sglang_cpu/install.sh $(SGLANG) $(PYTHON)
+	touch $@
+
+sglang: $(SGLANG)/installed
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint $(DEMO)/complete
+test: lint $(DEMO)/complete $(SGLANG)/installed
 	$(BIN)/pytest -n 2 --dist loadfile
 
 test-fast: $(VENV)/installed

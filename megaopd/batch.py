@@ -48,7 +48,9 @@ class Sample:
             temperature-scaled, un-truncated softmax.
         response_mask: R flags; False on tokens that the model did not produce (tool output).
         finish_reason: "stop" (a stop token was sampled) or "length".
-        weight_version: the version of the weights that sampled it.
+        weight_version: the version of the weights that sampled it; of several, the oldest.
+        token_versions: R versions, where the weights changed on the way (a partial rollout); empty
+            says that they are all weight_version. Off the mask they mean nothing.
     """
 
     prompt: Prompt
@@ -58,10 +60,35 @@ class Sample:
     response_mask: tuple[bool, ...]
     finish_reason: str
     weight_version: int
+    token_versions: tuple[int, ...] = ()
 
     @property
     def sample_id(self) -> str:
         return f"{self.prompt.prompt_id}/{self.index}"
+
+    @property
+    def model_token_versions(self) -> list[int]:
+        """The version of the weights that sampled each token that the model produced."""
+        versions = self.token_versions or (self.weight_version,) * len(self.response_ids)
+        return [v for v, own in zip(versions, self.response_mask, strict=True) if own]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model added to a sequence of tokens in one go.
+
+    Attributes:
+        ids: the sampled token ids, the stop token included.
+        logprobs: their log-probabilities under the sampler's temperature-scaled, un-truncated
+            softmax; as many as `ids`.
+        finish_reason: "stop" (a stop token was sampled) or "length".
+        versions: the version of the weights that sampled each token; as many as `ids`.
+    """
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+    versions: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -157,3 +184,36 @@ class HiddenSignal:
 
     hidden_LH: Tensor
     head: TeacherHead
+
+
+@dataclass(frozen=True)
+class TopKSignal:
+    """The teacher's word on a micro-batch, as its K likeliest tokens: of a teacher on servers.
+
+    Row l speaks about the l-th True of loss_mask_T. Both may lie in host memory.
+
+    Attributes:
+        ids_LK: integer token ids of the student's vocabulary, distinct within a row; -1 where a row
+            has fewer than K.
+        logprobs_LK: fp32 log-probabilities at temperature 1, normalised over the whole vocabulary;
+            those of ids -1 mean nothing.
+    """
+
+    ids_LK: Tensor
+    logprobs_LK: Tensor
+
+
+@dataclass(frozen=True)
+class TokenSignal:
+    """The teacher's word on a micro-batch, on the sampled tokens alone.
+
+    Attributes:
+        logprobs_L: fp32 log-probability at temperature 1 of the label at the l-th True of
+            loss_mask_T. It may lie in host memory.
+    """
+
+    logprobs_L: Tensor
+
+
+TeacherSignal = HiddenSignal | TopKSignal | TokenSignal
+"""What a teacher says about a micro-batch; `megaopd.losses.objective` has an objective for each."""

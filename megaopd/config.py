@@ -14,11 +14,21 @@ from pathlib import Path
 from typing import Literal
 
 from megaopd.config_compose import compose
+from megaopd.config_rollout import AgentConfig, RolloutConfig, SGLangConfig
 from megaopd.config_schema import build, to_markdown, to_yaml
 from megaopd.config_validate import validate, validate_models
 from megaopd.errors import run_cli
 
-__all__ = ["Config", "load", "to_yaml", "validate", "validate_models"]
+__all__ = [
+    "AgentConfig",
+    "Config",
+    "RolloutConfig",
+    "SGLangConfig",
+    "load",
+    "to_yaml",
+    "validate",
+    "validate_models",
+]
 
 Dtype = Literal["fp32", "bf16"]
 
@@ -78,11 +88,13 @@ class StudentConfig:
 class TeacherConfig:
     """The model that scores the student's samples."""
 
-    kind: Literal["checkpoint", "self", "ema"] = "checkpoint"
+    kind: Literal["checkpoint", "self", "ema", "sglang"] = "checkpoint"
     """Its weights: `checkpoint` those at path; `self` the student's own, frozen at step 0; `ema` an
-    exponential moving average of the student's; the last two in the student's layout and dtype."""
+    exponential moving average of the student's; these two in the student's layout and dtype;
+    `sglang` those of the servers at urls, which score the samples."""
     path: str = ""
-    """Directory of the teacher, of either format; its tokenizer must be the student's."""
+    """Directory of the teacher, of either format; its tokenizer must be the student's. Of a teacher
+    on servers the weights are not read."""
     dtype: Dtype = "bf16"
     """Weights and activations of the teacher, and of the hidden states that it hands over."""
     ema_decay: float = 0.999
@@ -93,6 +105,13 @@ class TeacherConfig:
     """Token budget of a forward pass; null packs as the student does."""
     offload: bool = False
     """Keep the weights in pinned host memory while the teacher does not score."""
+    urls: tuple[str, ...] = ()
+    """Servers that hold the teacher, for `sglang`, e.g. http://10.0.0.9:30000."""
+    top_k: int = 64
+    """Likeliest tokens whose log-probs a server gives at each position, for `sglang`; the loss puts
+    the rest into one tail bucket. 0 asks for the sampled tokens' alone."""
+    api_key_env: str = "MEGAOPD_TEACHER_API_KEY"
+    """Environment variable of the servers' key."""
 
 
 @dataclass(frozen=True)
@@ -125,32 +144,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class RolloutConfig:
-    """How the student samples."""
-
-    kind: Literal["embedded", "recorded"] = "embedded"
-    """Engine: `embedded` generates in the trainer's processes, `recorded` replays `path`."""
-    n: int = 1
-    """Samples per prompt."""
-    max_new_tokens: int = 1024
-    """Longest response."""
-    temperature: float = 1.0
-    """Sampling temperature; on-policy distillation wants 1."""
-    top_p: float = 1.0
-    """Nucleus mass; below 1 the samples are no longer the student's own distribution."""
-    top_k: int = 0
-    """Keep the k likeliest tokens; 0 keeps all."""
-    stop: tuple[str, ...] = ()
-    """Strings of exactly one token each that end a response, besides the model's own end tokens."""
-    batch_size: int = 64
-    """Sequences that one rank of the embedded engine generates at once."""
-    path: str = ""
-    """Rollouts to replay, for `recorded`."""
-    record: str = ""
-    """File to record every step's samples to; empty records nothing."""
-
-
-@dataclass(frozen=True)
 class LossConfig:
     """What is minimised, per sampled token."""
 
@@ -170,6 +163,16 @@ class LossConfig:
     fused: bool = True
     """Multiply hidden states and heads chunk by chunk inside the divergence; false makes all logits
     of a micro-batch first, which shows what the fused form saves."""
+    importance: Literal["none", "truncated", "icepop"] = "truncated"
+    """Correction of a sampled-token objective for samples of other weights, by the ratio of the
+    trainer's to the engine's probability of a token: `truncated` caps it at importance_cap,
+    `icepop` leaves out tokens outside [icepop_low, icepop_high]. Full-vocabulary ones need none."""
+    importance_cap: float = 2.0
+    """Largest ratio of `truncated`."""
+    icepop_low: float = 0.5
+    """Smallest ratio that `icepop` keeps."""
+    icepop_high: float = 5.0
+    """Largest ratio that `icepop` keeps."""
 
 
 @dataclass(frozen=True)

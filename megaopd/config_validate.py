@@ -1,25 +1,27 @@
 """Rules of a configuration that no single type can state: ranges, divisibility, what needs what.
 
 `validate` needs no file, `validate_models` the architectures; both run before any weight is read,
-on every rank alike. Those of a layout are in `megaopd.config_layouts`. A rule is a few lines and a
-row in tests/unit/test_config.py.
+on every rank alike. Those of a layout are in `megaopd.config_layouts`, those of servers in
+`megaopd.config_servers`. A rule is a few lines and a row in tests/unit/test_config.py.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from megaopd.config_layouts import Architecture, check_model, check_ranks
 from megaopd.config_schema import nearest
+from megaopd.config_servers import check_rollout_servers, check_teacher_servers
 from megaopd.errors import ConfigError
 
 if TYPE_CHECKING:
     from megaopd.config import Config, ParallelConfig, TeacherConfig
 
-# Range in words, its test, and the fields that must lie in it (where they are not null); those of
-# `teacher` hold for every teacher.
+# Range in words, its test, and the fields that must lie in it (where neither they nor their section
+# are null); those of `teacher` hold for every teacher.
 _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     (
         "a positive number",
@@ -30,6 +32,10 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             *("optimizer.lr", "optimizer.eps", "train.num_steps", "train.global_batch_size"),
             *("train.micro_batch_size", "train.max_skipped_steps"),
             *("train.max_tokens_per_micro_batch", "teacher.max_tokens_per_micro_batch"),
+            *("rollout.sglang.num_servers", "rollout.sglang.tensor", "rollout.sglang.bucket_bytes"),
+            *("rollout.sglang.progress_timeout_s", "rollout.sglang.health_interval_s"),
+            *("rollout.sglang.start_timeout_s", "rollout.agent.max_turns"),
+            *("rollout.agent.tool_timeout_s", "rollout.agent.max_tool_tokens"),
         ),
     ),
     (
@@ -39,10 +45,14 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             *("run.seed", "rollout.temperature", "rollout.top_k", "optimizer.min_lr"),
             *("optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_grad"),
             *("eval.num_prompts", "eval.interval", "log.num_report_samples"),
-            "student.router_aux_loss_coef",
+            *("student.router_aux_loss_coef", "teacher.top_k", "rollout.max_staleness"),
+            *("rollout.sglang.max_tokens_in_flight", "rollout.sglang.max_retries"),
+            "rollout.sglang.max_restarts",
         ),
     ),
-    ("a value in [0, 1]", lambda v: 0 <= v <= 1, ("loss.beta",)),
+    ("a value in [0, 1]", lambda v: 0 <= v <= 1, ("loss.beta", "loss.icepop_low")),
+    # Tokens of the weights that train them have the ratio 1: they are neither cut nor left out.
+    ("1 or more", lambda v: v >= 1, ("loss.importance_cap", "loss.icepop_high")),
     (
         "a value in [0, 1)",
         lambda v: 0 <= v < 1,
@@ -50,6 +60,9 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ),
     ("a value in (0, 1]", lambda v: 0 < v <= 1, ("rollout.top_p",)),
 )
+
+# Kinds of teachers that have weights of their own, at `path`; the others' are the student's.
+_WITH_PATH = ("checkpoint", "sglang")
 
 
 def validate(
@@ -60,6 +73,8 @@ def validate(
     *,
     divergences: Collection[str] | None = None,
     rewards: Collection[str] | None = None,
+    tools: Collection[str] | None = None,
+    environ: Mapping[str, str] = os.environ,
 ) -> None:
     """Checks a configuration against the number of ranks, and against the models where given.
 
@@ -68,14 +83,19 @@ def validate(
         student_arch, teacher_arch: architectures; given both, `validate_models` runs too.
         divergences: the names that loss.kind may take; None does not check it.
         rewards: the names that eval.reward may take; None does not check it.
+        tools: the names that rollout.agent.tools may hold; None does not check them.
+        environ: environment variables, which hold the keys of servers.
 
     Raises:
         ConfigError: the first rule that does not hold.
     """
     _check_ranges(config)
-    _check_choices(config, divergences, rewards)
+    _check_choices(config, divergences, rewards, tools)
     _check_needs(config)
     _check_teachers(config)
+    check_rollout_servers(config, environ)
+    for key, teacher in _teachers(config).items():
+        check_teacher_servers(key, teacher, environ)
     _check_sizes(config, world_size)
     if student_arch is not None and teacher_arch is not None:
         validate_models(config, student_arch, teacher_arch)
@@ -125,9 +145,11 @@ def _teachers(config: Config) -> dict[str, TeacherConfig]:
 
 
 def _layouts(config: Config) -> list[tuple[str, str, ParallelConfig]]:
-    """(key, role, layout) of the student and of every teacher."""
+    """(key, role, layout) of the student and of every teacher on its ranks."""
     layouts = [("parallel", "student", config.parallel)]
     for key, teacher in _teachers(config).items():
+        if teacher.kind == "sglang":
+            continue  # its servers' own affair
         role = key.replace("teachers.", "teacher ")
         where = "parallel" if teacher.parallel is None else f"{key}.parallel"
         layouts.append((where, role, teacher.parallel or config.parallel))
@@ -137,14 +159,16 @@ def _layouts(config: Config) -> list[tuple[str, str, ParallelConfig]]:
 def _check_ranges(config: Config) -> None:
     for expected, holds, keys in _RANGES:
         for key in keys:
-            section, name = key.split(".")
+            section, *names = key.split(".")
             parts: dict[str, Any] = {section: getattr(config, section)}
             if section == "teacher":
                 parts = {**_teachers(config)}
-            for where, part in parts.items():
-                value = getattr(part, name)
+            for where, value in parts.items():
+                for name in names:
+                    value = None if value is None else getattr(value, name)
+                    where = f"{where}.{name}"
                 if value is not None and not holds(value):
-                    raise ConfigError(f"{where}.{name}", f"found {value}", f"expected {expected}")
+                    raise ConfigError(where, f"found {value}", f"expected {expected}")
     if config.loss.kind.startswith("skew_") and not 0 <= config.loss.alpha < 1:
         found = f"found {config.loss.alpha} for {config.loss.kind}"
         raise ConfigError(
@@ -153,11 +177,16 @@ def _check_ranges(config: Config) -> None:
 
 
 def _check_choices(
-    config: Config, divergences: Collection[str] | None, rewards: Collection[str] | None
+    config: Config,
+    divergences: Collection[str] | None,
+    rewards: Collection[str] | None,
+    tools: Collection[str] | None,
 ) -> None:
+    asked = config.rollout.agent.tools if config.rollout.agent else ()
     for key, value, names in (
         ("loss.kind", config.loss.kind, divergences),
         ("eval.reward", config.eval.reward, rewards),
+        *((f"rollout.agent.tools[{i}]", tool, tools) for i, tool in enumerate(asked)),
     ):
         if names is not None and value not in names:
             close = nearest(value, names)
@@ -168,12 +197,16 @@ def _check_choices(
 def _check_needs(config: Config) -> None:
     required = {"student.path": config.student.path, "data.train": config.data.train}
     for key, teacher in _teachers(config).items():
-        if teacher.kind == "checkpoint":
+        if teacher.kind in _WITH_PATH:
             required[f"{key}.path"] = teacher.path
     for key, value in required.items():
         if not value:
             raise ConfigError(key, "not set", f"give {key}=PATH or set it in the YAML file")
     rollout = config.rollout
+    if rollout.agent and not rollout.agent.tools:
+        raise ConfigError(
+            "rollout.agent.tools", "none", "name the tools, or set rollout.agent=null"
+        )
     if rollout.kind == "recorded" and not rollout.path:
         raise ConfigError(
             "rollout.path", "not set, and rollout.kind is recorded", "name the recording to replay"
@@ -211,7 +244,9 @@ def _check_teachers(config: Config) -> None:
                 "teachers", f"the name {name!r}", "name it in letters, digits, _ and -"
             )
     for key, teacher in _teachers(config).items():
-        if teacher.kind == "checkpoint":
+        if teacher.kind == "sglang":
+            _check_server_loss(config, key, teacher)
+        if teacher.kind in _WITH_PATH:
             continue
         if teacher.path:
             raise ConfigError(
@@ -233,6 +268,25 @@ def _check_teachers(config: Config) -> None:
                 "are taken from the student on the same rank",
                 f"set {key}.parallel=null",
             )
+
+
+def _check_server_loss(config: Config, key: str, teacher: TeacherConfig) -> None:
+    """What the log-probs of a teacher on servers can be used for."""
+    loss, rollout = config.loss, config.rollout
+    if loss.temperature != 1:
+        raise ConfigError(
+            "loss.temperature",
+            f"{loss.temperature} with {key}.kind sglang, whose log-probs are those at temperature 1",
+            "set it to 1",
+        )
+    if teacher.top_k == 0 and (rollout.top_p < 1 or rollout.top_k):
+        cut = "rollout.top_p" if rollout.top_p < 1 else "rollout.top_k"
+        raise ConfigError(
+            cut,
+            f"the sampler leaves tokens out, and {key}.top_k is 0: an estimate from sampled tokens "
+            "needs the whole distribution",
+            f"set rollout.top_p=1 and rollout.top_k=0, or {key}.top_k=64",
+        )
 
 
 def _check_sizes(config: Config, world_size: int) -> None:
@@ -267,6 +321,8 @@ def _check_token_budgets(config: Config) -> None:
     prompt, response = config.data.max_prompt_tokens, config.rollout.max_new_tokens
     budgets = [("train", config.train.max_tokens_per_micro_batch, config.parallel)]
     for key, teacher in _teachers(config).items():
+        if teacher.kind == "sglang":
+            continue
         budget = teacher.max_tokens_per_micro_batch or config.train.max_tokens_per_micro_batch
         owner = key if teacher.max_tokens_per_micro_batch else "train"
         budgets.append((owner, budget, teacher.parallel or config.parallel))

@@ -23,7 +23,8 @@ class EvalRecord:
 
     Attributes:
         prompt_text: the prompt as the model saw it, special tokens included.
-        response_text: the response without special tokens.
+        response_text: the response without special tokens; of a conversation with tools, what
+            comes after the last result, which is what the reward sees.
         correct: the reward gave full marks.
         score: the reward, in [0, 1].
         truncated: the response reached the length limit before a stop token.
@@ -94,7 +95,8 @@ def evaluate(
 
 
 def _record(sample: Sample, reward: Reward, tokenizer: Decoder) -> EvalRecord:
-    response_text = tokenizer.decode(list(sample.response_ids), skip_special_tokens=True)
+    last_turn = list(sample.response_ids)[_last_turn(sample) :]
+    response_text = tokenizer.decode(last_turn, skip_special_tokens=True)
     score = reward(response_text, sample.prompt.answer)
     return EvalRecord(
         prompt_id=sample.prompt.prompt_id,
@@ -106,3 +108,9 @@ def _record(sample: Sample, reward: Reward, tokenizer: Decoder) -> EvalRecord:
         score=score,
         truncated=sample.finish_reason == "length",
     )
+
+
+def _last_turn(sample: Sample) -> int:
+    """Where the student's last turn begins in the response."""
+    given = [place for place, own in enumerate(sample.response_mask) if not own]
+    return given[-1] + 1 if given else 0

@@ -52,9 +52,11 @@ def read_inputs(config: Config) -> Inputs:
     from megaopd.checkpoint import open_weights
     from megaopd.data.prompts import load_prompts
     from megaopd.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_token_ids
+    from megaopd.data.tool_template import ToolTemplate
     from megaopd.models.arch import read_arch
     from megaopd.models.freeze import check_freeze
     from megaopd.models.hf_io import check_weights
+    from megaopd.rollout.agent import tool_schemas
     from megaopd.rollout.recorded import RecordedEngine
     from megaopd.storage.steps import hf_directory
 
@@ -68,16 +70,20 @@ def read_inputs(config: Config) -> Inputs:
     check_freeze(student_arch, config.student.freeze)
     if config.rollout.kind == "recorded":
         RecordedEngine(config.rollout.path)  # says now if the file is not there
-    archs = {student: student_arch, **{paths[name]: arch for name, arch in teacher_archs.items()}}
-    for path, arch in archs.items():
+    # The weights of a teacher on servers are their affair.
+    ours = [name for name, teacher in teacher_configs(config).items() if teacher.kind != "sglang"]
+    for path, arch in {student: student_arch, **{paths[n]: teacher_archs[n] for n in ours}}.items():
         check_weights(open_weights(path), arch)
     tokenizer = load_tokenizer(student)
     for name, path in paths.items():
         check_same_tokenizer(student, path, f"teachers.{name}.path" if name else "teacher.path")
-    train_set = load_prompts(config.data.train, config.data, tokenizer, paths)
+    agent = config.rollout.agent
+    tools = ToolTemplate(tokenizer, tool_schemas(agent)) if agent else None
+    train_set = load_prompts(config.data.train, config.data, tokenizer, paths, tools)
     eval_prompts: tuple[Prompt, ...] = ()
     if config.data.eval:
-        eval_prompts = load_prompts(config.data.eval, config.data, tokenizer, paths).prompts
+        eval_set = load_prompts(config.data.eval, config.data, tokenizer, paths, tools)
+        eval_prompts = eval_set.prompts
     rollout = config.rollout
     return Inputs(
         student_arch,

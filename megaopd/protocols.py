@@ -9,24 +9,57 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megaopd.batch import HiddenSignal, PackedBatch, Prompt, Sample, SamplingParams
+from megaopd.batch import PackedBatch, Prompt, Sample, SamplingParams, TeacherSignal
+
+
+class PendingRollout(Protocol):
+    """A rollout under way."""
+
+    def result(self) -> list[Sample]:
+        """Waits for the samples, as `RolloutEngine.generate` returns them; called once. Collective.
+
+        Raises:
+            RolloutError: on every rank alike: the engine cannot answer.
+        """
+        ...
 
 
 class RolloutEngine(Protocol):
-    """Samples responses. Collective: every rank calls it with the same arguments."""
+    """Samples responses. Collective: every rank calls it with the same arguments.
+
+    Rollouts may be under way while another is asked for and while weights are loaded, which they
+    either go on with (`Sample.token_versions`) or hold up. Results are asked for in the order of
+    the starts. An engine that shares the trainer's device takes its memory in `start` and gives it
+    back in `result`.
+
+    Attributes:
+        weight_version: of the weights that were loaded last.
+        metrics: name -> value, of the rollout whose result was given last, equal on every rank.
+    """
 
     weight_version: int
+    metrics: dict[str, float]
+
+    def start(self, prompts: Sequence[Prompt], params: SamplingParams) -> PendingRollout:
+        """Begins to sample and returns at once; an engine that can do nothing in the background
+        samples when the result is asked for."""
+        ...
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Sample]:
-        """Returns `params.n` samples per prompt, on every rank, ordered by prompt then index.
+        """Returns `params.n` samples per prompt, on every rank, ordered by prompt then index; none
+        of a prompt that the engine set aside (and counted in its metrics).
 
         Raises:
-            RolloutError: the engine cannot answer.
+            RolloutError: on every rank alike: the engine cannot answer.
         """
         ...
 
     def load_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
         """Takes (Hugging Face name, full tensor) pairs; afterwards samples carry `version`."""
+        ...
+
+    def close(self) -> None:
+        """Gives up rollouts under way and whatever the engine started."""
         ...
 
 
@@ -39,7 +72,7 @@ class Teacher(Protocol):
 
     metrics: dict[str, float]
 
-    def score(self, samples: Sequence[Sample]) -> list[HiddenSignal]:
+    def score(self, samples: Sequence[Sample]) -> Sequence[TeacherSignal]:
         """Scores the global batch, which is the same on every rank.
 
         Returns:
@@ -50,6 +83,10 @@ class Teacher(Protocol):
 
     def follow(self, student: Student) -> None:
         """After every step that updated the student: what a teacher makes of its new weights."""
+        ...
+
+    def close(self) -> None:
+        """Gives up whatever the teacher started."""
         ...
 
 
@@ -74,11 +111,11 @@ class Student(Protocol):
     """The model in training. Every method is collective."""
 
     def train_step(
-        self, micro_batches: Sequence[PackedBatch], signals: Sequence[HiddenSignal]
+        self, micro_batches: Sequence[PackedBatch], signals: Sequence[TeacherSignal]
     ) -> StepResult: ...
 
     def evaluate(
-        self, micro_batches: Sequence[PackedBatch], signals: Sequence[HiddenSignal]
+        self, micro_batches: Sequence[PackedBatch], signals: Sequence[TeacherSignal]
     ) -> StepResult:
         """The same loss without a gradient or an update."""
         ...

@@ -40,7 +40,12 @@ CHARTS = (
     Chart(
         "Divergence",
         "nats per token",
-        {"loss/divergence": "training loss", "eval/reverse_kl": "held-out reverse KL"},
+        {
+            "loss/divergence": "training loss",
+            "eval/reverse_kl": "held-out reverse KL",
+            "eval/reverse_kl_lower_bound": "held-out reverse KL, at least",
+            "eval/reverse_kl_estimate": "held-out reverse KL, estimated",
+        },
     ),
     Chart(
         "Accuracy",
@@ -65,6 +70,23 @@ CHARTS = (
         "Trainer against rollout engine",
         "KL of the sampled tokens, nats",
         {"rollout/mismatch_kl": "mismatch"},
+    ),
+    Chart(
+        "Staleness",
+        "updates behind the weights in training",
+        {"rollout/staleness_mean": "mean", "rollout/staleness_max": "largest"},
+    ),
+    Chart(
+        "Importance",
+        "share of the loss tokens",
+        {"loss/importance_clip_fraction": "cut or left out"},
+    ),
+    Chart("Conversations", "turns, mean", {"agent/num_turns": "turns of the student"}),
+    Chart(
+        "Tools",
+        "share of the response tokens",
+        {"agent/tool_ratio": "tool output"},
+        y_range=(0.0, 1.05),
     ),
     Chart("Gradient norm", "before clipping", {"train/grad_norm": "gradient norm"}),
     Chart("Learning rate", "", {"train/lr": "learning rate"}),

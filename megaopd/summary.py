@@ -46,6 +46,8 @@ def summarise(
         "tensor_parallel_size": config.parallel.tensor,
         "data_parallel_size": data_parallel_size,
         "student_layers": inputs.student_arch.num_layers,
+        "rollout": config.rollout.kind,
+        "max_staleness": config.rollout.max_staleness,
         "mismatch_kl_max": result.mismatch_kl_max,
         "hf_export": hf_export,
         "max_new_tokens": config.rollout.max_new_tokens,
@@ -89,7 +91,9 @@ def _report_samples(
 ) -> list[dict[str, Any]]:
     if not before or not after:
         return []
-    pairs = zip(before.greedy.records, after.greedy.records, strict=True)
+    # An engine may set a prompt aside in one evaluation alone.
+    answers = {record.prompt_id: record for record in after.greedy.records}
+    pairs = [(r, answers[r.prompt_id]) for r in before.greedy.records if r.prompt_id in answers]
     return [
         {
             "prompt": old.prompt_text,
@@ -99,5 +103,5 @@ def _report_samples(
             "before_correct": old.correct,
             "after_correct": new.correct,
         }
-        for old, new in list(pairs)[: log.num_report_samples]
+        for old, new in pairs[: log.num_report_samples]
     ]

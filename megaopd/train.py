@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING
 
 from megaopd.batch import Prompt, Sample
 from megaopd.config import Config, TeacherConfig, load, to_yaml, validate
-from megaopd.errors import ConfigError, NumericError, run_cli
+from megaopd.errors import ConfigError, NumericError, RolloutError, run_cli
 from megaopd.inputs import Inputs, read_inputs, teacher_configs
+from megaopd.train_rollout import ENGINES, TRANSPORTS, teacher_engine, weight_sync
 
 if TYPE_CHECKING:
     from megaopd.data.packing import Batching, Side
@@ -46,6 +48,7 @@ def main(argv: list[str]) -> None:
         return
     from megaopd.losses import DIVERGENCES
     from megaopd.rewards import REWARDS
+    from megaopd.rollout.agent import TOOLS
 
     config = load(argv)
     validate(
@@ -53,12 +56,18 @@ def main(argv: list[str]) -> None:
         int(os.environ.get("WORLD_SIZE", "1")),
         divergences=tuple(DIVERGENCES),
         rewards=tuple(REWARDS),
+        tools=tuple(TOOLS),
     )
+    if config.rollout.kind == "sglang":
+        _check_entry("rollout.sglang.sync", config.rollout.sglang.sync, TRANSPORTS)
     for name, teacher in teacher_configs(config).items():
-        if teacher.kind not in TEACHERS:
-            key = f"teachers.{name}.kind" if name else "teacher.kind"
-            raise ConfigError(key, f"no {teacher.kind!r}", f"choose one of {', '.join(TEACHERS)}")
+        _check_entry(f"teachers.{name}.kind" if name else "teacher.kind", teacher.kind, TEACHERS)
     train(config, read_inputs(config))
+
+
+def _check_entry(key: str, value: str, table: Collection[str]) -> None:
+    if value not in table:
+        raise ConfigError(key, f"no {value!r}", f"choose one of {', '.join(table)}")
 
 
 def train(config: Config, inputs: Inputs) -> None:
@@ -78,7 +87,6 @@ def train(config: Config, inputs: Inputs) -> None:
     from megaopd.parallel.device import init_distributed
     from megaopd.summary import summarise, write_results
     from megaopd.trainer import OPDTrainer
-    from megaopd.weight_sync.in_process import InProcessSync
 
     logger = get_logger(__name__)
     disable_progress_bar()
@@ -103,15 +111,21 @@ def train(config: Config, inputs: Inputs) -> None:
         config, groups, inputs.student_arch, config.train.max_tokens_per_micro_batch, "student"
     )
     teacher_result = _teacher_result(config, inputs, groups)
-    teacher = _teacher(config, inputs, StudentSide(groups, batching, vocab_rows))
-    student = MegatronStudent(config, inputs.student_arch, groups, vocab_rows, inputs.vocab_size)
-    with MetricsWriter(run_dir, config, enabled=is_main) as metrics:
+    # The engine comes before the models: colocated servers take their memory first.
+    with (
+        closing(ENGINES[config.rollout.kind](config, inputs, groups)) as engine,
+        MetricsWriter(run_dir, config, enabled=is_main) as metrics,
+        closing(_teacher(config, inputs, StudentSide(groups, batching, vocab_rows))) as teacher,
+    ):
+        student = MegatronStudent(
+            config, inputs.student_arch, groups, vocab_rows, inputs.vocab_size
+        )
         trainer = OPDTrainer(
             config,
             student=student,
             teacher=teacher,
-            engine=ENGINES[config.rollout.kind](config, groups),
-            weight_sync=InProcessSync(),
+            engine=engine,
+            weight_sync=weight_sync(engine),
             prompts=PromptStream(inputs.train_prompts, config.run.seed, config.data.shuffle),
             sampling=inputs.sampling,
             batching=batching,
@@ -123,8 +137,9 @@ def train(config: Config, inputs: Inputs) -> None:
         )
         try:
             result = trainer.fit()
-        except NumericError:
-            # Skipped steps changed nothing: the weights are those of the last good step.
+        except (NumericError, RolloutError):
+            # Skipped steps change nothing, and an engine that fails touches no weights: they are
+            # those of the last good step.
             _export(config, student, inputs, is_main)
             raise
     hf_export = _export(config, student, inputs, is_main)
@@ -204,6 +219,29 @@ def _student_as_teacher(
     return _checkpoint_teacher(name, own, config, inputs, student, slot)
 
 
+def _server_teacher(
+    name: str,
+    own: TeacherConfig,
+    config: Config,
+    inputs: Inputs,
+    student: StudentSide,
+    slot: HeadSlot,
+) -> Teacher:
+    from megaopd.teacher.sglang import SGLangTeacher
+
+    groups = student.groups
+    return SGLangTeacher(
+        own,
+        config.rollout.sglang,
+        inputs.vocab_size,
+        student.batching,
+        device=groups.device,
+        rank=groups.rank,
+        world_size=groups.world_size,
+        name=name,
+    )
+
+
 # By teacher.kind: (name, its configuration, the run's, inputs, the student's side, room for a head)
 # -> the teacher of the samples whose Prompt.teacher is that name. Collective.
 TEACHERS: dict[
@@ -212,6 +250,7 @@ TEACHERS: dict[
     "checkpoint": _checkpoint_teacher,
     "self": _student_as_teacher,
     "ema": _student_as_teacher,
+    "sglang": _server_teacher,
 }
 
 
@@ -233,34 +272,9 @@ def _evaluator(
     )
 
 
-def _embedded_engine(config: Config, groups: ParallelGroups) -> RolloutEngine:
-    from megaopd.models.build import DTYPES
-    from megaopd.rollout.embedded import EmbeddedEngine
-
-    return EmbeddedEngine(
-        config.student.path,
-        device=groups.device,
-        dtype=DTYPES[config.student.dtype],
-        batch_size=config.rollout.batch_size,
-        rank=groups.rank,
-        world_size=groups.world_size,
-    )
-
-
-def _recorded_engine(config: Config, groups: ParallelGroups) -> RolloutEngine:
-    from megaopd.rollout.recorded import RecordedEngine
-
-    return RecordedEngine(config.rollout.path)
-
-
-# By rollout.kind.
-ENGINES: dict[str, Callable[[Config, ParallelGroups], RolloutEngine]] = {
-    "embedded": _embedded_engine,
-    "recorded": _recorded_engine,
-}
-
-
-def _recorder(config: Config, is_main: bool) -> Callable[[int, Sequence[Sample]], None] | None:
+def _recorder(
+    config: Config, is_main: bool
+) -> Callable[[int, Sequence[Prompt], Sequence[Sample]], None] | None:
     from megaopd.rollout.recorded import SampleRecorder
 
     if not config.rollout.record or not is_main:
@@ -271,12 +285,7 @@ def _recorder(config: Config, is_main: bool) -> Callable[[int, Sequence[Sample]]
 def _teacher_result(config: Config, inputs: Inputs, groups: ParallelGroups) -> EvalResult | None:
     """The teachers' own greedy accuracy, each on the prompts that are routed to it and as it sees
     them; their generation weights are gone when this returns."""
-    from megaopd.checkpoint import open_weights
-    from megaopd.checkpoint.loading import verify_together
     from megaopd.evaluation import EvalRecord, EvalResult
-    from megaopd.models.build import DTYPES
-    from megaopd.models.families import hf_shapes
-    from megaopd.rollout.embedded import EmbeddedEngine
 
     if not config.eval.teacher:
         return None
@@ -290,19 +299,8 @@ def _teacher_result(config: Config, inputs: Inputs, groups: ParallelGroups) -> E
         evaluator = _evaluator(config, inputs, prompts)
         if evaluator is None:
             continue
-        source = open_weights(own.path or config.student.path)
-        verify_together(source.path)
-        engine = EmbeddedEngine(
-            own.path or config.student.path,
-            device=groups.device,
-            dtype=DTYPES[own.dtype],
-            batch_size=config.rollout.batch_size,
-            rank=groups.rank,
-            world_size=groups.world_size,
-        )
-        names = hf_shapes(inputs.teacher_archs[name])
-        engine.load_weights(((tensor, source.read(tensor)) for tensor in names), version=0)
-        records += evaluator(engine).records
+        with closing(teacher_engine(own, config, inputs, groups)) as engine:
+            records += evaluator(engine).records
     return EvalResult.of(records) if records else None
 
 

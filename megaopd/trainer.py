@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,11 +12,18 @@ from megaopd.batch import Prompt, Sample, SamplingParams
 from megaopd.config import Config
 from megaopd.data.packing import Batching
 from megaopd.data.prompts import PromptStream
-from megaopd.errors import NumericError
+from megaopd.errors import NumericError, RolloutError
 from megaopd.evaluation import EvalResult
 from megaopd.logger import get_logger
 from megaopd.metrics import MetricsWriter, PhaseTimer
-from megaopd.protocols import RolloutEngine, StepResult, Student, Teacher, WeightSync
+from megaopd.protocols import (
+    PendingRollout,
+    RolloutEngine,
+    StepResult,
+    Student,
+    Teacher,
+    WeightSync,
+)
 
 logger = get_logger(__name__)
 
@@ -27,7 +35,7 @@ class Evaluation:
     Attributes:
         greedy: accuracy and responses under greedy decoding.
         reverse_kl: mean reverse KL to the teacher over the tokens of samples at the rollout's
-            temperature.
+            temperature, as far as the teacher's signals tell: exact, bounded or estimated.
     """
 
     greedy: EvalResult
@@ -49,6 +57,9 @@ class OPDTrainer:
     """prompts -> rollout -> pack -> teacher -> student step -> weight sync, `train.num_steps`
     times.
 
+    With `rollout.max_staleness` k the rollouts of the next k steps are under way while one trains:
+    synchronous training and k steps off are the same loop, which looks k steps ahead.
+
     Every method is collective: all ranks call it in step.
 
     Args:
@@ -65,7 +76,7 @@ class OPDTrainer:
             nothing.
         eval_prompts: the held-out prompts.
         metrics: where metrics go.
-        record: takes (step, samples) of every training step, to replay them later.
+        record: takes (step, prompts, samples) of every training step, to replay them later.
     """
 
     def __init__(
@@ -83,7 +94,7 @@ class OPDTrainer:
         evaluate_greedy: Callable[[RolloutEngine], EvalResult] | None,
         eval_prompts: Sequence[Prompt],
         metrics: MetricsWriter,
-        record: Callable[[int, Sequence[Sample]], None] | None = None,
+        record: Callable[[int, Sequence[Prompt], Sequence[Sample]], None] | None = None,
     ) -> None:
         self.config = config
         self.student, self.teacher, self.engine = student, teacher, engine
@@ -95,6 +106,8 @@ class OPDTrainer:
         self.record = record
         self.mismatch_kl_max = 0.0
         self._skipped_in_a_row = 0
+        # Of this step and those after it, in order.
+        self._rollouts: deque[tuple[list[Prompt], PendingRollout]] = deque()
 
     def fit(self) -> FitResult:
         """Runs all steps, evaluating before, after and every `eval.interval` steps.
@@ -102,6 +115,7 @@ class OPDTrainer:
         Raises:
             NumericError: `train.max_skipped_steps` steps in a row had a non-finite loss or
                 gradient.
+            RolloutError: the engine cannot answer; the student is as its last step left it.
         """
         num_steps, interval = self.config.train.num_steps, self.config.eval.interval
         self.weight_sync.sync(self.student, self.engine, version=0)
@@ -116,16 +130,15 @@ class OPDTrainer:
         return FitResult(before, after, num_steps, train_wall_s, self.mismatch_kl_max)
 
     def step(self, step: int) -> StepResult:
-        """One on-policy step, numbered from 1."""
+        """One step, numbered from 1."""
         timer = PhaseTimer()
-        with timer.phase("rollout"):
-            prompts = self.prompts.next(
-                self.config.train.global_batch_size // self.config.rollout.n
-            )
-            with self.student.off_device():
-                samples = self.engine.generate(prompts, self._seeded("train", step))
+        with timer.phase("rollout"), self.student.off_device():
+            self._start_rollouts(step)
+            prompts, rollout = self._rollouts.popleft()
+            samples = rollout.result()
+        rollout_metrics = {**self.engine.metrics, **self._staleness(step, samples)}
         if self.record is not None:
-            self.record(step, samples)
+            self.record(step, prompts, samples)
         with timer.phase("pack"):
             assignment = self.batching.assign(samples)
             micro_batches = self.batching.micro_batches(samples, assignment, self.rank)
@@ -137,12 +150,55 @@ class OPDTrainer:
         with timer.phase("weight_sync"):
             if not result.skipped:
                 self.teacher.follow(self.student)
-                self.weight_sync.sync(self.student, self.engine, version=step)
+                version = self.engine.weight_version + 1
+                self.weight_sync.sync(self.student, self.engine, version)
 
-        utilisation = {**self.batching.utilisation(samples, assignment), **self.teacher.metrics}
-        self._log_step(step, samples, result, timer, utilisation)
+        utilisation = self.batching.utilisation(samples, assignment)
+        self._log_step(
+            step,
+            samples,
+            result,
+            timer,
+            {**rollout_metrics, **utilisation, **self.teacher.metrics},
+        )
         self._check_finite(step, samples, result)
         return result
+
+    def _start_rollouts(self, step: int) -> None:
+        """Starts what is not yet under way of this step's rollout and of those that it may run
+        ahead of; none is started past the last step."""
+        config = self.config
+        ahead = min(config.rollout.max_staleness, config.train.num_steps - step)
+        while len(self._rollouts) <= ahead:
+            prompts = self.prompts.next(config.train.global_batch_size // config.rollout.n)
+            params = self._seeded("train", step + len(self._rollouts))
+            self._rollouts.append((prompts, self.engine.start(prompts, params)))
+
+    def _staleness(self, step: int, samples: Sequence[Sample]) -> dict[str, float]:
+        """How many updates older than the weights that they train the sampled tokens are.
+
+        Raises:
+            RolloutError: a sample is older than `rollout.max_staleness`, or there is none.
+        """
+        if not samples:
+            raise RolloutError(
+                f"step {step}", "the engine set every prompt aside", "look at its log for why"
+            )
+        version, bound = self.engine.weight_version, self.config.rollout.max_staleness
+        oldest = min(samples, key=lambda s: s.weight_version)
+        # A recording holds what other weights sampled; its versions are those of its own run.
+        if version - oldest.weight_version > bound and self.config.rollout.kind != "recorded":
+            raise RolloutError(
+                f"sample {oldest.sample_id}",
+                f"weights of version {oldest.weight_version} sampled it, those of version "
+                f"{version} would train on it, and rollout.max_staleness is {bound}",
+                "a server missed a weight update: restart it",
+            )
+        behind = [version - v for s in samples for v in s.model_token_versions]
+        return {
+            "rollout/staleness_mean": sum(behind) / max(len(behind), 1),
+            "rollout/staleness_max": float(max(behind, default=0)),
+        }
 
     def evaluate(self, step: int) -> Evaluation | None:
         """Greedy accuracy and reverse KL on the held-out prompts."""
@@ -159,11 +215,13 @@ class OPDTrainer:
             micro_batches = self.batching.micro_batches(samples, assignment, self.rank)
             result = self.student.evaluate(micro_batches, self.teacher.score(samples))
         evaluation = Evaluation(greedy, result.metrics["loss/divergence"])
+        # The student names them by what its teachers let it measure.
+        yardsticks = {n: v for n, v in result.metrics.items() if n.startswith("eval/")}
         self.metrics.write(
             step,
             {
                 "eval/accuracy": greedy.accuracy,
-                "eval/reverse_kl": evaluation.reverse_kl,
+                **yardsticks,
                 "eval/response_tokens_mean": greedy.mean_length,
                 "eval/truncated_fraction": greedy.truncated_fraction,
                 **timer.metrics(),
@@ -182,7 +240,7 @@ class OPDTrainer:
         samples: Sequence[Sample],
         result: StepResult,
         timer: PhaseTimer,
-        utilisation: Mapping[str, float],
+        of_parts: Mapping[str, float],
     ) -> None:
         mismatch_kl = result.metrics.get("rollout/mismatch_kl", 0.0)
         self.mismatch_kl_max = max(self.mismatch_kl_max, mismatch_kl)
@@ -198,7 +256,7 @@ class OPDTrainer:
                 "train/loss_tokens": result.num_tokens,
                 "train/skipped": float(result.skipped),
                 "perf/tokens_per_s": num_tokens / timer.total_s,
-                **utilisation,
+                **of_parts,
                 "time/step_s": timer.total_s,
                 **timer.metrics(),
                 **timer.peak_memory(),

@@ -16,6 +16,7 @@ import torch
 
 from megaopd.batch import Prompt
 from megaopd.config import DataConfig
+from megaopd.data.tool_template import ToolTemplate
 from megaopd.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def load_prompts(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     teachers: Collection[str] = ("",),
+    tools: ToolTemplate | None = None,
 ) -> PromptSet:
     """Reads a JSONL file of prompts; blank lines are skipped.
 
@@ -50,6 +52,7 @@ def load_prompts(
     Args:
         teachers: the names that the column of teachers may hold; the empty one is that of the
             run's one `teacher`, where the column is missing.
+        tools: offers tools in every prompt that goes through the chat template.
 
     Raises:
         DataError: a line that is not a JSON object, a missing or wrong column, an empty prompt, an
@@ -69,10 +72,12 @@ def load_prompts(
                 f"make column {config.id_column!r} unique",
             )
         line_of_id[prompt_id] = number
-        token_ids = _token_ids(row, "prompt_column", config, tokenizer, where)
+        token_ids = _token_ids(row, "prompt_column", config, tokenizer, tools, where)
         teacher_token_ids = None
         if config.teacher_prompt_column:
-            teacher_token_ids = _token_ids(row, "teacher_prompt_column", config, tokenizer, where)
+            teacher_token_ids = _token_ids(
+                row, "teacher_prompt_column", config, tokenizer, tools, where
+            )
         answer = row.get(config.answer_column)
         teacher = _teacher(row, config.teacher_column, teachers, where)
         if max(len(token_ids), len(teacher_token_ids or ())) > config.max_prompt_tokens:
@@ -149,6 +154,7 @@ def _token_ids(
     key: Literal["prompt_column", "teacher_prompt_column"],
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
+    tools: ToolTemplate | None,
     where: str,
 ) -> tuple[int, ...]:
     """The prompt in the column that the configuration's `key` names."""
@@ -168,7 +174,7 @@ def _token_ids(
     messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
     if isinstance(value, list) or config.chat_template:
         # The template writes the special tokens itself.
-        text, add_special_tokens = _render(messages, tokenizer, where), False
+        text, add_special_tokens = _render(messages, tokenizer, tools, where), False
     else:
         text, add_special_tokens = value, True
     try:
@@ -181,7 +187,12 @@ def _token_ids(
     return tuple(token_ids)
 
 
-def _render(messages: list[Any], tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+def _render(
+    messages: list[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    tools: ToolTemplate | None,
+    where: str,
+) -> str:
     for message in messages:
         well_formed = isinstance(message, dict) and all(
             isinstance(message.get(key), str) for key in ("role", "content")
@@ -200,9 +211,10 @@ def _render(messages: list[Any], tokenizer: PreTrainedTokenizerBase, where: str)
         )
     import jinja2  # what transformers renders templates with
 
+    shown = tools.arguments(messages) if tools else {"conversation": messages}
     try:
         return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            tokenizer.apply_chat_template(**shown, tokenize=False, add_generation_prompt=True)
         )
     except jinja2.TemplateError as error:
         found = f"the chat template refuses the messages ({' '.join(str(error).split())})"

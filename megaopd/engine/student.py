@@ -18,7 +18,7 @@ from megatron.core.distributed import (
 )
 from torch import Tensor
 
-from megaopd.batch import HiddenSignal, PackedBatch
+from megaopd.batch import PackedBatch, TeacherSignal
 from megaopd.checkpoint.loading import load_model
 from megaopd.checkpoint.saving import save_model
 from megaopd.config import Config, LossConfig
@@ -30,7 +30,7 @@ from megaopd.engine.offload import (
     parameters,
 )
 from megaopd.engine.optimizer import build_optimizer, build_scheduler
-from megaopd.losses.objective import DivergenceObjective, ObjectiveOutput
+from megaopd.losses.objective import METRICS, YARDSTICKS, Objective, ObjectiveOutput
 from megaopd.models import weights
 from megaopd.models.arch import ModelArch
 from megaopd.models.build import HiddenGPTModel, build_model
@@ -92,11 +92,14 @@ class MegatronStudent:
         self.training_state.to_host()
 
         temperature = config.rollout.temperature or 1.0
-        self.objective = DivergenceObjective(config.loss, vocab_size, temperature, groups.tp)
-        # The yardstick of evaluation is the same for every training loss.
-        self.reverse_kl = DivergenceObjective(
+        self.objective = Objective(config.loss, vocab_size, temperature, groups.tp)
+        # The yardstick of evaluation is the same for every training loss. An estimate from sampled
+        # tokens is corrected for the sampler's temperature, without a cap.
+        self.reverse_kl = Objective(
             LossConfig(
                 kind="reverse_kl",
+                importance="truncated",
+                importance_cap=math.inf,
                 chunk_tokens=config.loss.chunk_tokens,
                 backend=config.loss.backend,
             ),
@@ -111,7 +114,7 @@ class MegatronStudent:
         return self.chunks[-1].head
 
     def train_step(
-        self, micro_batches: Sequence[PackedBatch], signals: Sequence[HiddenSignal]
+        self, micro_batches: Sequence[PackedBatch], signals: Sequence[TeacherSignal]
     ) -> StepResult:
         """One optimizer step on the global batch; skipped where a loss or gradient is not
         finite."""
@@ -119,7 +122,7 @@ class MegatronStudent:
             return self._train_step(micro_batches, signals)
 
     def _train_step(
-        self, micro_batches: Sequence[PackedBatch], signals: Sequence[HiddenSignal]
+        self, micro_batches: Sequence[PackedBatch], signals: Sequence[TeacherSignal]
     ) -> StepResult:
         for chunk in self.ddp:
             chunk.train()
@@ -149,14 +152,21 @@ class MegatronStudent:
         return StepResult(metrics, num_tokens, skipped, bad_ids)
 
     def evaluate(
-        self, micro_batches: Sequence[PackedBatch], signals: Sequence[HiddenSignal]
+        self, micro_batches: Sequence[PackedBatch], signals: Sequence[TeacherSignal]
     ) -> StepResult:
-        """Reverse KL and entropies on samples, without a gradient or an update."""
+        """Reverse KL and entropies on samples, without a gradient or an update.
+
+        The reverse KL is `loss/divergence`, and goes by the name that `YARDSTICKS` has for the kind
+        of the signals as well.
+        """
         for chunk in self.ddp:
             chunk.eval()
 
         def collect(index: int, batch: PackedBatch, hidden: Tensor) -> ObjectiveOutput:
-            return self.reverse_kl(hidden, self.head.detach(), batch, signals[index])
+            signal = signals[index]
+            out = self.reverse_kl(hidden, self.head.detach(), batch, signal)
+            name = YARDSTICKS[type(signal)]
+            return replace(out, sums={**out.sums, name: out.sums["loss/divergence"]})
 
         outputs = schedule.forward_only(self.ddp, micro_batches, self.groups, collect)
         metrics, num_tokens, bad_ids = self._reduce(outputs, micro_batches)
@@ -250,20 +260,29 @@ def _sum_outputs(
 ) -> tuple[dict[str, float], int, tuple[str, ...]]:
     """`MegatronStudent._reduce` on the last stage; collective over the ranks that hold the same
     weights, of which each tensor-parallel rank has its own, equal set."""
-    names = sorted({name for out in outputs for name in out.sums})  # the same on every rank
-    by_batch = torch.zeros(len(outputs), len(names) + 3, dtype=torch.float64, device=groups.device)
-    largest = torch.zeros((), dtype=torch.float64, device=groups.device)
+    # Kinds of signals differ in what they measure, and no rank knows which kinds others have: each
+    # of all names has its sum, its number of tokens, and how many micro-batches have it.
+    device, num_names = groups.device, len(METRICS)
+    held = torch.tensor([[n in out.sums for n in METRICS] for out in outputs], dtype=torch.float64)
+    by_batch = torch.zeros(len(outputs), 2 * num_names + 2, dtype=torch.float64, device=device)
+    zero = largest = torch.zeros((), dtype=torch.float64, device=device)
     for row, out in zip(by_batch, outputs, strict=True):
-        sums = [out.sums[name] for name in names]
+        sums = [out.sums.get(name, zero) for name in METRICS]
+        counts = [out.num_scored if name in out.sums else zero for name in METRICS]
         bad = ~torch.isfinite(out.loss_sum)
-        row.copy_(torch.stack([x.double() for x in (*sums, out.num_tokens, out.num_scored, bad)]))
+        row.copy_(torch.stack([x.double() for x in (*sums, *counts, out.num_tokens, bad)]))
         largest = torch.maximum(largest, out.mismatch_max.double())
-    total = by_batch.sum(0)
+    total = torch.cat([held.view(-1, num_names).sum(0).to(device), by_batch.sum(0)])
     dist.all_reduce(total, group=groups.dp_cp)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=groups.dp_cp)
-    *totals, num_tokens, num_scored, num_bad = total.tolist()
+    *by_name, num_tokens, num_bad = total.tolist()
 
-    metrics = {n: value / max(num_scored, 1) for n, value in zip(names, totals, strict=True)}
+    by_kind = (by_name[i * num_names : (i + 1) * num_names] for i in range(3))
+    metrics = {
+        name: value / max(count, 1)
+        for name, holders, value, count in zip(METRICS, *by_kind, strict=True)
+        if holders
+    }
     metrics["rollout/mismatch_max"] = float(largest)
     bad_ids: tuple[str, ...] = ()
     if num_bad:

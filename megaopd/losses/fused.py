@@ -116,9 +116,7 @@ def linear_divergence(
         if kept.numel() == num_tokens:
             kept = None
     rows = num_tokens if kept is None else kept.numel()
-    if chunk_tokens is None:
-        most = _CHUNK_TOKENS.get(student_hidden.device.type, _CHUNK_TOKENS["cpu"])
-        chunk_tokens = -(-rows // max(1, -(-rows // most)))  # chunks of about one size
+    chunk_tokens = chunk_tokens or default_chunk(student_hidden, rows)
     weights = weights_T
     if kept is not None and weights_T is not None:
         weights = weights_T[kept]
@@ -128,7 +126,7 @@ def linear_divergence(
     needs_grad = torch.is_grad_enabled()
     plan = _Plan(
         problem=problem,
-        chunk=max(1, chunk_tokens),
+        chunk=chunk_tokens,
         hidden_grad=needs_grad and student_hidden.requires_grad,
         head_grad=needs_grad and student_head.requires_grad,
         reduce_hidden_grad=reduce_hidden_grad,
@@ -156,6 +154,12 @@ def linear_divergence(
     )
 
 
+def default_chunk(like: Tensor, num_rows: int) -> int:
+    """Rows of logits to hold at a time on `like`'s device, at least 1: chunks of about one size."""
+    most = _CHUNK_TOKENS.get(like.device.type, _CHUNK_TOKENS["cpu"])
+    return max(1, -(-num_rows // max(1, -(-num_rows // most))))
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What the autograd function needs to know besides the tensors."""
@@ -167,7 +171,7 @@ class _Plan:
     reduce_hidden_grad: bool
 
 
-class _HeadGradient:
+class HeadGradient:
     """Sum over chunks of dz^T h, fp32 if the head is narrower and there is more than one chunk."""
 
     def __init__(self, head: Tensor, num_columns: int, num_chunks: int) -> None:
@@ -242,7 +246,7 @@ class _LinearDivergence(torch.autograd.Function):
         make_head_grad = plan.head_grad and weights is not None
         make_hidden_grad = plan.hidden_grad and (weights is not None or not plan.head_grad)
         num_chunks = -(-num_rows // plan.chunk)
-        head_grad = _HeadGradient(student_head, columns, num_chunks) if make_head_grad else None
+        head_grad = HeadGradient(student_head, columns, num_chunks) if make_head_grad else None
         hidden_grad = torch.empty_like(student_hidden) if make_hidden_grad else None
         z_buffer, u_buffer = _chunk_logits(plan, num_rows, student_head, teacher_head)
 
@@ -317,7 +321,7 @@ def _recomputed_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Te
     num_rows, columns = student_hidden.shape[0], plan.problem.shard.num_columns
     head, teacher_rows = student_head[:columns], teacher_head[:columns]
     num_chunks = -(-num_rows // plan.chunk)
-    head_grad = _HeadGradient(student_head, columns, num_chunks) if plan.head_grad else None
+    head_grad = HeadGradient(student_head, columns, num_chunks) if plan.head_grad else None
     hidden_grad = torch.empty_like(student_hidden) if plan.hidden_grad else None
     z_buffer, u_buffer = _chunk_logits(plan, num_rows, student_head, teacher_head)
     for start in range(0, num_rows, plan.chunk):

@@ -21,7 +21,7 @@ from megaopd.losses.engine import Problem
 from megaopd.losses.output import DivergenceOutput, make_problem
 from megaopd.losses.torch_backend import stack_tiles, tiles
 from megaopd.losses.validation import require
-from megaopd.losses.vocab_shard import make_shard
+from megaopd.losses.vocab_shard import VocabShard, make_shard
 
 # The teacher's tail mass is a difference of fp32 log-probs: below this it is rounding.
 _LEAST_TAIL = 2.0**-23
@@ -49,8 +49,10 @@ def topk_divergence(
 
     Args:
         student_logits: [T, V / tp_size] any float dtype, as for `divergence`.
-        teacher_ids: [T, K] int64 global ids below the vocabulary, distinct within a row.
-        teacher_logprobs: [T, K] log-probs at `temperature`, normalised over the full vocabulary.
+        teacher_ids: [T, K] int64 global ids below the vocabulary, distinct within a row; -1 where a
+            row has fewer.
+        teacher_logprobs: [T, K] log-probs at `temperature`, normalised over the full vocabulary;
+            those of ids -1 are not looked at.
         tail: "bucket" or "renormalize".
         chunk_tokens: rows per collective (one all-gather of K + 2 scalars per row); default all.
         kind, beta, alpha, temperature, vocab_size, tp_group, backend, inplace: see `divergence`.
@@ -72,24 +74,34 @@ def topk_divergence(
     )
     shard = make_shard(width, width, vocab_size, tp_group)
     problem = make_problem(kind, beta, alpha, temperature, None, shard, "eager", student_logits)
-    if teacher_ids.numel():
-        low, high = teacher_ids.aminmax()
-        require(
-            int(low) >= 0 and int(high) < shard.vocab_size,
-            "teacher_ids",
-            f"ids from {int(low)} to {int(high)}",
-            f"give ids below the vocabulary, {shard.vocab_size}",
-        )
+    check_ids(teacher_ids, shard)
     loss, student_entropy, teacher_entropy = _TopK.apply(
         student_logits,
         teacher_ids,
         teacher_logprobs.detach(),
         problem,
-        tail == "bucket" and teacher_ids.shape[1] < shard.vocab_size,
+        tail == "bucket" and has_tail(teacher_ids, shard),
         chunk_tokens or max(1, num_tokens),
         inplace,
     )
     return DivergenceOutput(loss, student_entropy, teacher_entropy)
+
+
+def check_ids(ids: Tensor, shard: VocabShard) -> None:
+    """Raises LossArgumentError for an id outside the vocabulary."""
+    if ids.numel():
+        low, high = ids.aminmax()
+        require(
+            int(low) >= -1 and int(high) < shard.vocab_size,
+            "teacher_ids",
+            f"ids from {int(low)} to {int(high)}",
+            f"give ids below the vocabulary, {shard.vocab_size}, or -1 for none",
+        )
+
+
+def has_tail(ids: Tensor, shard: VocabShard) -> bool:
+    """Whether there are tokens besides the K, in some row."""
+    return ids.shape[1] < shard.vocab_size or bool((ids < 0).any())
 
 
 def _masses(problem: Problem, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -136,16 +148,81 @@ def _masses(problem: Problem, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tens
 
 
 def _outcomes(
-    log_p: Tensor, log_rest: Tensor, log_q: Tensor, bucket: bool
+    log_p: Tensor, log_rest: Tensor, log_q: Tensor, absent: Tensor, bucket: bool
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of the outcomes compared, [C, K or K + 1], normalised, of student and teacher."""
-    log_q = log_q.double()
+    """Log-probs of the outcomes compared, [C, K or K + 1], normalised, of student and teacher; an
+    absent one has no mass on either side."""
+    log_p = log_p.masked_fill(absent, _FLOOR)
+    log_q = log_q.double().masked_fill(absent, _FLOOR)
     if bucket:
         teacher_tail = (1 - log_q.exp().sum(1)).clamp(min=_LEAST_TAIL).log()
         log_p = torch.cat([log_p, log_rest[:, None]], dim=1)
         log_q = torch.cat([log_q, teacher_tail[:, None]], dim=1)
     log_p, log_q = log_p.clamp(min=_FLOOR), log_q.clamp(min=_FLOOR)
     return log_p.log_softmax(1), log_q.log_softmax(1)
+
+
+def forward_rows(
+    problem: Problem, z: Tensor, ids: Tensor, teacher_logprobs: Tensor, bucket: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Divergence and entropies of C rows; one all-gather.
+
+    Args:
+        z: [C, shard.num_columns] student logits without padding, any float dtype.
+        ids, teacher_logprobs: [C, K], see `topk_divergence`.
+        bucket: whether all other tokens are one more outcome.
+
+    Returns:
+        ([loss, student entropy, teacher entropy] [C] fp64, the same on every rank, and the state
+        for `gradient_rows`).
+    """
+    log_p, log_rest, log_total, entropy = _masses(problem, z, ids)
+    log_p, log_q = _outcomes(log_p, log_rest, teacher_logprobs, ids < 0, bucket)
+    p, q, d = log_p.exp(), log_q.exp(), log_p - log_q
+    value, pull = torch.zeros_like(p), torch.zeros_like(p)
+    for part in problem.parts:
+        value += part.weight * part.value(p, q, d)
+        pull += part.weight * part.pull(p, q, d)
+    grad = pull - p * pull.sum(1, keepdim=True)
+    # A token of the tail has the share p_j / p_tail of the tail's gradient.
+    tail_rate = torch.zeros_like(log_total)
+    if bucket:
+        tail_rate = torch.where(p[:, -1] > 0, grad[:, -1] / p[:, -1], 0.0)
+        grad = grad[:, :-1]
+    return [value.sum(1), entropy, -(q * log_q).sum(1)], [grad, log_total, tail_rate]
+
+
+def gradient_rows(
+    problem: Problem,
+    z: Tensor,
+    ids: Tensor,
+    state: list[Tensor],
+    upstream: Tensor,
+    bucket: bool,
+    out: Tensor,
+) -> None:
+    """Writes upstream_t dD_t/dz into `out`, no collective.
+
+    Args:
+        z, ids, state, bucket: as given to and returned by `forward_rows`.
+        upstream: [C] gradient of the scalar with respect to each row's loss.
+        out: [C, shard.num_columns], any float dtype; may be z itself.
+    """
+    if not z.shape[1]:
+        return
+    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+    grad, log_total, tail_rate = (x.to(wide) for x in state)
+    row_weight = upstream.to(wide) * problem.inv_tau
+    if bucket:
+        for rows in tiles(z):
+            scaled = row_kernels.widen(z[rows]) * problem.inv_tau
+            scaled -= log_total[rows, None]
+            out[rows] = scaled.exp_() * (tail_rate * row_weight)[rows, None]
+    else:
+        out.zero_()
+    local, owned = problem.shard.local_ids(ids)
+    row, k = owned.nonzero(as_tuple=True)
+    out[row, local[row, k]] = (grad * row_weight[:, None])[row, k].to(out.dtype)
 
 
 class _TopK(torch.autograd.Function):
@@ -164,21 +241,11 @@ class _TopK(torch.autograd.Function):
         results, states = [], []
         for start in range(0, max(1, student_logits.shape[0]), chunk):
             rows = slice(start, start + chunk)
-            log_p, log_rest, log_total, entropy = _masses(problem, true_logits[rows], ids[rows])
-            log_p, log_q = _outcomes(log_p, log_rest, teacher_logprobs[rows], bucket)
-            p, q, d = log_p.exp(), log_q.exp(), log_p - log_q
-            value, pull = torch.zeros_like(p), torch.zeros_like(p)
-            for part in problem.parts:
-                value += part.weight * part.value(p, q, d)
-                pull += part.weight * part.pull(p, q, d)
-            grad = pull - p * pull.sum(1, keepdim=True)
-            # A token of the tail has the share p_j / p_tail of the tail's gradient.
-            tail_rate = torch.zeros_like(log_total)
-            if bucket:
-                tail_rate = torch.where(p[:, -1] > 0, grad[:, -1] / p[:, -1], 0.0)
-                grad = grad[:, :-1]
-            results.append([value.sum(1), entropy, -(q * log_q).sum(1)])
-            states.append([grad, log_total, tail_rate])
+            values, state = forward_rows(
+                problem, true_logits[rows], ids[rows], teacher_logprobs[rows], bucket
+            )
+            results.append(values)
+            states.append(state)
         wide = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
         loss, *entropies = (torch.cat(c).to(wide) for c in zip(*results, strict=True))
         state = [torch.cat(c).to(wide) for c in zip(*states, strict=True)]
@@ -189,22 +256,13 @@ class _TopK(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        student_logits, ids, grad, log_total, tail_rate = ctx.saved_tensors
+        student_logits, ids, *state = ctx.saved_tensors
         problem: Problem = ctx.problem
         logits = student_logits.detach()
         columns = problem.shard.num_columns
         out = logits if ctx.inplace else torch.empty_like(logits)
-        row_weight = upstream[0].to(grad.dtype) * problem.inv_tau
-        if ctx.bucket:
-            for rows in tiles(logits[:, :columns]):
-                scaled = row_kernels.widen(logits[rows, :columns]) * problem.inv_tau
-                scaled -= log_total[rows, None]
-                out[rows, :columns] = scaled.exp_() * (tail_rate * row_weight)[rows, None]
-            out[:, columns:] = 0
-        else:
-            out.zero_()
-        if columns:
-            local, owned = problem.shard.local_ids(ids)
-            row, k = owned.nonzero(as_tuple=True)
-            out[row, local[row, k]] = (grad * row_weight[:, None])[row, k].to(out.dtype)
+        gradient_rows(
+            problem, logits[:, :columns], ids, state, upstream[0], ctx.bucket, out[:, :columns]
+        )
+        out[:, columns:] = 0
         return (out, *(None,) * 6)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -19,25 +18,16 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.initialization import no_init_weights
 
-from megaopd.batch import Prompt, Sample, SamplingParams
+from megaopd.batch import Completion, Prompt, Sample, SamplingParams
 from megaopd.errors import CheckpointError, RolloutError
+from megaopd.rollout.agent.batching import Request, hold_conversations
+from megaopd.rollout.conversation import Conversation, Converse, mean_metrics, single_turn
+from megaopd.rollout.deferred import DeferredRollout
 from megaopd.rollout.sampling import check_sampling_params, sample_tokens, sample_uniforms
 from megaopd.storage.steps import hf_directory
 
 # A shorter common prefix is not worth a forward pass of its own.
 MIN_SHARED_PREFIX = 8
-
-Job = tuple[Prompt, int]
-"""A prompt and the index of one of its samples."""
-
-
-@dataclass
-class _Response:
-    """One response as it grows; what a rank tells the others about its share."""
-
-    ids: list[int]
-    logprobs: list[float]
-    finish_reason: str = "length"
 
 
 class EmbeddedEngine:
@@ -52,6 +42,7 @@ class EmbeddedEngine:
         device: where the model lives.
         dtype: of weights and activations; log-probabilities are computed in fp32.
         batch_size: most sequences that are generated at once on a rank.
+        converse: what is done with a prompt; by default one response is sampled.
         rank, world_size: of this process among the processes that share out the samples.
         group: their process group; None is the default group.
 
@@ -66,6 +57,7 @@ class EmbeddedEngine:
         device: torch.device | str,
         dtype: torch.dtype,
         batch_size: int,
+        converse: Converse = single_turn,
         rank: int = 0,
         world_size: int = 1,
         group: dist.ProcessGroup | None = None,
@@ -94,6 +86,8 @@ class EmbeddedEngine:
         self.batch_size = batch_size
         self.rank, self.world_size, self.group = rank, world_size, group
         self.weight_version = 0 if pretrained else -1
+        self.metrics: dict[str, float] = {}
+        self._converse = converse
         self._complete = pretrained
 
     @classmethod
@@ -133,6 +127,10 @@ class EmbeddedEngine:
             )
         self._complete, self.weight_version = True, version
 
+    def start(self, prompts: Sequence[Prompt], params: SamplingParams) -> DeferredRollout:
+        """The trainer has the processes meanwhile: samples when the result is asked for."""
+        return DeferredRollout(self, prompts, params)
+
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Sample]:
         """Samples `params.n` responses per prompt; collective, the result is on every rank.
 
@@ -145,16 +143,21 @@ class EmbeddedEngine:
         # Dealt out by length: ranks get equal work, and the prompts of a batch need little padding.
         by_length = sorted(range(len(jobs)), key=lambda j: -len(jobs[j][0].token_ids))
         mine = by_length[self.rank :: self.world_size]
-        responses: dict[int, _Response] = {}
-        num_batches = math.ceil(len(mine) / self.batch_size)
-        for b in range(num_batches):
-            batch = mine[len(mine) * b // num_batches : len(mine) * (b + 1) // num_batches]
-            responses.update(
-                zip(batch, self._generate_batch([jobs[j] for j in batch], params), strict=True)
-            )
-        for other in self._exchange(responses):
-            responses.update(other)
-        return [self._sample(jobs[j], responses[j]) for j in range(len(jobs))]
+        held = hold_conversations(
+            self._converse,
+            [jobs[j] for j in mine],
+            params,
+            lambda requests: self._complete_all(requests, params),
+        )
+        conversations: dict[int, Conversation] = {}
+        for share in self._exchange(dict(zip(mine, held, strict=True))):
+            conversations.update(share)
+        ordered = [conversations[j] for j in range(len(jobs))]
+        self.metrics = mean_metrics(ordered)
+        return [c.sample(*job) for job, c in zip(jobs, ordered, strict=True)]
+
+    def close(self) -> None:
+        """Nothing to do: it goes with the process."""
 
     def _check(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
         check_sampling_params(params)
@@ -173,15 +176,15 @@ class EmbeddedEngine:
                 )
                 raise RolloutError(where, found, "shorten the prompt or the response")
 
-    def _exchange(self, responses: dict[int, _Response]) -> list[dict[int, _Response]]:
-        """Returns every rank's responses; raises on all ranks if one of them met a broken model."""
-        shares = [responses]
+    def _exchange(self, held: dict[int, Conversation]) -> list[dict[int, Conversation]]:
+        """Returns every rank's share; raises on all ranks if one of them met a broken model."""
+        shares = [held]
         if self.world_size > 1:
             shares = [{} for _ in range(self.world_size)]
-            dist.all_gather_object(shares, responses, group=self.group)
+            dist.all_gather_object(shares, held, group=self.group)
         for share in shares:
-            for response in share.values():
-                if not all(map(math.isfinite, response.logprobs)):
+            for conversation in share.values():
+                if not all(map(math.isfinite, conversation.logprobs)):
                     raise RolloutError(
                         "rollout engine",
                         f"weights of version {self.weight_version} give non-finite probabilities",
@@ -189,48 +192,56 @@ class EmbeddedEngine:
                     )
         return shares
 
-    def _sample(self, job: Job, response: _Response) -> Sample:
-        return Sample(
-            prompt=job[0],
-            index=job[1],
-            response_ids=tuple(response.ids),
-            response_logprobs=tuple(response.logprobs),
-            response_mask=(True,) * len(response.ids),
-            finish_reason=response.finish_reason,
-            weight_version=self.weight_version,
-        )
+    def _complete_all(
+        self, requests: Sequence[Request], params: SamplingParams
+    ) -> list[Completion]:
+        """Answers any number of requests, batch by batch, in their order."""
+        # Sequences of like length need little padding.
+        by_length = sorted(range(len(requests)), key=lambda r: -len(requests[r].token_ids))
+        answers: dict[int, Completion] = {}
+        num_batches = math.ceil(len(requests) / self.batch_size)
+        for b in range(num_batches):
+            first, end = (len(requests) * k // num_batches for k in (b, b + 1))
+            batch = by_length[first:end]
+            found = self._generate_batch([requests[r] for r in batch], params)
+            answers.update(zip(batch, found, strict=True))
+        return [answers[r] for r in range(len(requests))]
 
     @torch.inference_mode()
-    def _generate_batch(self, jobs: Sequence[Job], params: SamplingParams) -> list[_Response]:
-        """Generates one response per job on this rank, in the order of `jobs`.
+    def _generate_batch(
+        self, requests: Sequence[Request], params: SamplingParams
+    ) -> list[Completion]:
+        """Generates one completion per request on this rank, in order.
 
         A row leaves the batch when it has ended, so long responses do not pay for short ones.
         """
-        distinct = list(dict.fromkeys(prompt.token_ids for prompt, _ in jobs))
-        logits_BV, mask_BL, cache = self._prefill(distinct, params.max_new_tokens)
-        if len(distinct) < len(jobs):
+        distinct = list(dict.fromkeys(r.token_ids for r in requests))
+        longest = max(r.max_new_tokens for r in requests)
+        logits_BV, mask_BL, cache = self._prefill(distinct, longest)
+        if len(distinct) < len(requests):
             row_of = {ids: row for row, ids in enumerate(distinct)}
-            rows = torch.tensor([row_of[p.token_ids] for p, _ in jobs], device=self.device)
+            rows = torch.tensor([row_of[r.token_ids] for r in requests], device=self.device)
             logits_BV, mask_BL = logits_BV[rows], mask_BL[rows]
             cache.batch_select_indices(rows)
-        positions_B = torch.tensor([len(p.token_ids) for p, _ in jobs], device=self.device)
-        uniforms_BR = torch.stack(
-            [sample_uniforms(params.seed, p.prompt_id, i, params.max_new_tokens) for p, i in jobs]
-        ).to(self.device)
+        positions_B = torch.tensor([len(r.token_ids) for r in requests], device=self.device)
+        uniforms_BR = torch.stack([_uniforms(r, params, longest) for r in requests])
+        uniforms_BR = uniforms_BR.to(self.device)
 
-        responses = [_Response([], []) for _ in jobs]
-        growing = list(responses)
-        for step in range(params.max_new_tokens):
+        growing = list(range(len(requests)))
+        ids: list[list[int]] = [[] for _ in requests]
+        logprobs: list[list[float]] = [[] for _ in requests]
+        for step in range(longest):
             ids_B, logprobs_B = sample_tokens(logits_BV, params, uniforms_BR[:, step])
-            for response, token, logprob in zip(
-                growing, ids_B.tolist(), logprobs_B.tolist(), strict=True
-            ):
-                response.ids.append(token)
-                response.logprobs.append(logprob)
-                if token in params.stop_token_ids:
-                    response.finish_reason = "stop"
-            kept = [row for row, r in enumerate(growing) if r.finish_reason != "stop"]
-            if not kept or step + 1 == params.max_new_tokens:
+            for r, token, logprob in zip(growing, ids_B.tolist(), logprobs_B.tolist(), strict=True):
+                ids[r].append(token)
+                logprobs[r].append(logprob)
+            kept = [
+                row
+                for row, r in enumerate(growing)
+                if ids[r][-1] not in params.stop_token_ids
+                and len(ids[r]) < requests[r].max_new_tokens
+            ]
+            if not kept:
                 break
             if len(kept) < len(growing):
                 growing = [growing[row] for row in kept]
@@ -240,7 +251,15 @@ class EmbeddedEngine:
                 cache.batch_select_indices(rows)
             logits_BV = self._forward(ids_B[:, None], positions_B[:, None], mask_BL, cache)
             positions_B = positions_B + 1
-        return responses
+        return [
+            Completion(
+                ids=tuple(ids[r]),
+                logprobs=tuple(logprobs[r]),
+                finish_reason="stop" if ids[r][-1] in params.stop_token_ids else "length",
+                versions=(self.weight_version,) * len(ids[r]),
+            )
+            for r in range(len(requests))
+        ]
 
     def _prefill(
         self, prompts: Sequence[tuple[int, ...]], num_new: int
@@ -301,6 +320,17 @@ class EmbeddedEngine:
             logits_to_keep=1,
         )
         return output.logits[:, -1]
+
+
+def _uniforms(request: Request, params: SamplingParams, length: int) -> Tensor:
+    """The random numbers of a request's tokens, then zeros: float64 [length].
+
+    They are those of the tokens' places in the response, whatever turn they belong to.
+    """
+    prompt, start = request.prompt, request.position
+    of_sample = sample_uniforms(params.seed, prompt.prompt_id, request.index, params.max_new_tokens)
+    own = of_sample[start : start + request.max_new_tokens]
+    return torch.nn.functional.pad(own, (0, length - len(own)))
 
 
 def _with_single_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ A replay gives two runs the same samples, so that what differs between them is t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,16 @@ from torch import Tensor
 
 from megaopd.batch import Prompt, Sample, SamplingParams
 from megaopd.errors import DataError, RolloutError
+from megaopd.rollout.deferred import DeferredRollout
 
 
 class SampleRecorder:
-    """Writes samples to a JSONL file, one line per step: ``{step, weight_version, samples}``.
+    """Writes samples to a JSONL file, one line per step: ``{step, weight_version, set_aside,
+    samples}``.
 
-    Floats are written with all their digits, so that a replay is exact. One rank records.
+    The version is the oldest of the samples'; set_aside holds the ids of the prompts that the
+    engine gave no samples of. Floats are written with all their digits, so that a replay is exact.
+    One rank records.
 
     Args:
         path: the file; one that is there is replaced.
@@ -39,11 +43,13 @@ class SampleRecorder:
                 str(path), f"cannot be written ({error.strerror})", "choose another file"
             ) from error
 
-    def record(self, step: int, samples: Sequence[Sample]) -> None:
-        """Appends the samples of one step; they are on disk when the call returns."""
+    def record(self, step: int, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> None:
+        """Appends the samples of one step's prompts; they are on disk when the call returns."""
+        answered = {sample.prompt.prompt_id for sample in samples}
         line = {
             "step": step,
-            "weight_version": samples[0].weight_version if samples else None,
+            "weight_version": min((s.weight_version for s in samples), default=None),
+            "set_aside": [p.prompt_id for p in prompts if p.prompt_id not in answered],
             "samples": [asdict(sample) for sample in samples],
         }
         with self._path.open("a", encoding="utf-8") as file:
@@ -64,6 +70,7 @@ class RecordedEngine:
 
     def __init__(self, path: str | Path) -> None:
         self.weight_version = 0
+        self.metrics: dict[str, float] = {}
         self._path = Path(path)
         if not self._path.is_file():
             raise DataError(str(path), "there is no such file", "check rollout.path")
@@ -73,6 +80,10 @@ class RecordedEngine:
         """Notes the version; nothing is taken from the iterator."""
         self.weight_version = version
 
+    def start(self, prompts: Sequence[Prompt], params: SamplingParams) -> DeferredRollout:
+        """Reads the step when the result is asked for."""
+        return DeferredRollout(self, prompts, params)
+
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Sample]:
         """Returns the next recorded step.
 
@@ -80,10 +91,11 @@ class RecordedEngine:
             RolloutError: no step is left, or it was recorded for other prompts.
             DataError: the file is damaged; the message names the line.
         """
-        step, samples = self._next_step()
+        step, set_aside, samples = self._next_step()
         where = f"{self._path} step {step}"
         remedy = "replay with the data, seed and batch size of the recording"
-        wanted = [(prompt, index) for prompt in prompts for index in range(params.n)]
+        answered = [prompt for prompt in prompts if prompt.prompt_id not in set_aside]
+        wanted = [(prompt, index) for prompt in answered for index in range(params.n)]
         for (prompt, index), sample in zip(wanted, samples, strict=False):
             asked = f"{prompt.prompt_id}/{index}"
             if sample.sample_id != asked:
@@ -95,14 +107,19 @@ class RecordedEngine:
         if len(samples) != len(wanted):
             found = f"{len(samples)} samples are recorded where {len(wanted)} are asked for"
             raise RolloutError(where, found, remedy)
+        self.metrics = {"rollout/set_aside": float(len(set_aside))}
         # The prompts of this run say which teacher answers them, and what it is shown.
         return [replace(s, prompt=p) for (p, _), s in zip(wanted, samples, strict=True)]
 
-    def _read_lines(self) -> Iterator[tuple[int, bytes]]:
+    def close(self) -> None:
+        """Closes the file."""
+        self._lines.close()
+
+    def _read_lines(self) -> Generator[tuple[int, bytes], None, None]:
         with self._path.open("rb") as file:
             yield from enumerate(file, start=1)
 
-    def _next_step(self) -> tuple[int, list[Sample]]:
+    def _next_step(self) -> tuple[int, set[str], list[Sample]]:
         number, line = next(self._lines, (0, b""))
         if not number:
             raise RolloutError(
@@ -110,7 +127,8 @@ class RecordedEngine:
             )
         try:
             row = json.loads(line)
-            return row["step"], [_sample(fields) for fields in row["samples"]]
+            samples = [_sample(fields) for fields in row["samples"]]
+            return row["step"], set(row["set_aside"]), samples
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{self._path}:{number}",
@@ -124,5 +142,6 @@ def _sample(fields: dict[str, Any]) -> Sample:
     for key in ("token_ids", "teacher_token_ids"):
         if prompt.get(key) is not None:
             prompt[key] = tuple(prompt[key])
-    tuples = {k: tuple(fields[k]) for k in ("response_ids", "response_logprobs", "response_mask")}
+    names = ("response_ids", "response_logprobs", "response_mask", "token_versions")
+    tuples = {name: tuple(fields[name]) for name in names}
     return Sample(**{**fields, **tuples, "prompt": Prompt(**prompt)})

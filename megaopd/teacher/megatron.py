@@ -115,6 +115,9 @@ class MegatronTeacher:
     def follow(self, student: Student) -> None:
         """Its weights stay as they are."""
 
+    def close(self) -> None:
+        """It started nothing."""
+
     def _hidden_states(self, micro_batches: Sequence[PackedBatch], num_rows: int) -> Tensor:
         """[num_rows, H] in host memory: the hidden states of the loss tokens of all micro-batches;
         no row but on the last stage."""

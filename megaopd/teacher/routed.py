@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from megaopd.batch import HiddenSignal, Sample
+from megaopd.batch import Sample, TeacherSignal
 from megaopd.data.packing import Batching
 from megaopd.protocols import Student, Teacher
 
@@ -26,7 +26,7 @@ class RoutedTeacher:
         self.student, self.rank = student, rank
         self.metrics: dict[str, float] = {}
 
-    def score(self, samples: Sequence[Sample]) -> list[HiddenSignal]:
+    def score(self, samples: Sequence[Sample]) -> list[TeacherSignal]:
         """Every micro-batch's signal from the teacher of its samples."""
         by_name = {name: teacher.score(samples) for name, teacher in self.teachers.items()}
         self.metrics = {}
@@ -41,3 +41,8 @@ class RoutedTeacher:
         """Each of the teachers follows by itself."""
         for teacher in self.teachers.values():
             teacher.follow(student)
+
+    def close(self) -> None:
+        """Each of the teachers by itself."""
+        for teacher in self.teachers.values():
+            teacher.close()

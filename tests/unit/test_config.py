@@ -370,6 +370,26 @@ def test_a_shipped_layout_is_what_its_name_says(tmp_path: Path, name: str) -> No
     assert config.parallel == config.teacher.parallel == ParallelConfig(**named)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("words", "kind", "max_staleness"),
+    [
+        (["rollout=embedded"], "embedded", 0),
+        (["rollout=sglang"], "sglang", 0),
+        (["rollout=sglang_async"], "sglang", 1),
+        (["+teacher=sglang", "teacher.urls=['http://localhost:1']"], "embedded", 0),
+    ],
+)
+def test_a_shipped_way_to_sample_or_score_is_sound(
+    words: list[str], kind: str, max_staleness: int
+) -> None:
+    config = load(["conf=demo_cpu", *words])
+    validate(config, 3)
+    assert (config.rollout.kind, config.rollout.max_staleness) == (kind, max_staleness)
+    # What the demo itself says of sampling and of the teacher is kept.
+    assert (config.rollout.max_new_tokens, config.rollout.stop) == (8, ("\n",))
+    assert config.teacher.path == ".cache/demo/teacher"
+
+
 def test_the_reference_run_fits_two_nodes() -> None:
     """Heads, layers and contexts of Qwen3-8B and Qwen3-32B, as their config.json has them."""
     student = Arch(36, 32, 8, 12288, 40960)
@@ -409,6 +429,10 @@ class Arch:
     ffn_hidden_size: int = 36
     max_positions: int = 2048
     moe: Experts | None = None
+
+
+# Rollouts by a server of this host.
+SGLANG = "rollout={kind: sglang, urls: ['http://localhost:9']}"
 
 
 def _valid(conf: Path, *words: str) -> Config:
@@ -461,6 +485,18 @@ def test_a_sound_configuration_passes(conf: Path) -> None:
             Arch(moe=Experts()),
         ),
         (["teacher.kind=ema", "teacher.path=", "teacher.parallel.tensor=3"], 3, Arch(), Arch()),
+        # Servers of this host need no key; a teacher on servers has no layout here.
+        (
+            [
+                *("rollout.kind=sglang", "rollout.urls=['http://localhost:1','http://[::1]:2']"),
+                *("rollout.max_staleness=2", "teacher.kind=sglang", "teacher.parallel.tensor=7"),
+                "teacher.urls=['http://127.0.0.1:3/']",
+            ],
+            3,
+            Arch(),
+            Arch(num_heads=7),
+        ),
+        (["rollout.kind=sglang", "rollout.launch=true"], 3, Arch(), Arch()),
     ],
 )
 def test_what_can_work_is_not_refused(
@@ -582,6 +618,120 @@ def test_what_can_work_is_not_refused(
         ),
         (["rollout.kind=recorded"], 3, "rollout.path: not set, and rollout.kind is recorded"),
         (["rollout.path=a", "rollout.record=a"], 3, "rollout.record: the recording that is"),
+        (["rollout.kind=sglang"], 3, "rollout.urls: not set, and rollout.kind is sglang; name the"),
+        (
+            [SGLANG, "rollout.launch=true"],
+            3,
+            "rollout.urls: set, and rollout.launch is true; set rollout.launch=false to use these",
+        ),
+        (["rollout.urls=['http://localhost:1']"], 3, "rollout.urls: set, and rollout.kind is embe"),
+        (["rollout.launch=true"], 3, "rollout.launch: set, and rollout.kind is embedded; set"),
+        (
+            [SGLANG, "rollout.urls=['http://localhost:1','http://10.0.0.7:30000']"],
+            3,
+            "rollout.urls[1]: http://10.0.0.7:30000 is not on this host, and "
+            "$MEGAOPD_SGLANG_API_KEY is not set; start the server with --api-key",
+        ),
+        (
+            [SGLANG, "rollout.urls=['http://node7:1']", "rollout.sglang.api_key_env=KEY"],
+            3,
+            "rollout.urls[0]: http://node7:1 is not on this host, and $KEY is not set",
+        ),
+        (
+            [SGLANG, "rollout.urls=['http://me:secret@localhost:1']"],
+            3,
+            "rollout.urls[0]: it holds a user name or password; put the key into $MEGAOPD_SGLANG",
+        ),
+        *(
+            (
+                [SGLANG, f"rollout.urls=['{url}']"],
+                3,
+                f"rollout.urls[0]: found '{url}'{found}; write it as http://host:port",
+            )
+            for url, found in (
+                ("localhost:1", ""),
+                ("ftp://localhost:1", ""),
+                ("http://localhost:1/generate", ""),
+                ("http://:1", ""),
+                ("http://localhost:0", ""),
+                ("http://localhost:70000", " (Port out of range 0-65535)"),
+            )
+        ),
+        (
+            [SGLANG, "rollout.urls=['http://localhost:1','http://localhost:1']"],
+            3,
+            "rollout.urls[1]: http://localhost:1 is there twice; name each server once",
+        ),
+        *(
+            (
+                ["rollout.kind=sglang", "rollout.launch=true", f"rollout.sglang.host='{host}'"],
+                3,
+                f"rollout.sglang.host: {host}, which the whole network reaches; give the address",
+            )
+            for host in ("0.0.0.0", "::", "8.8.8.8")
+        ),
+        (
+            ["rollout.max_staleness=1"],
+            3,
+            "rollout.max_staleness: 1 with rollout.kind embedded, which generates nothing while",
+        ),
+        (
+            [SGLANG, "rollout.sglang.colocated=true", "rollout.max_staleness=1"],
+            3,
+            "rollout.max_staleness: 1 with rollout.sglang.colocated: the servers give up their",
+        ),
+        (
+            [SGLANG, "rollout.sglang.colocated=true", "rollout.sglang.sync=distributed"],
+            3,
+            "rollout.sglang.sync: distributed with rollout.sglang.colocated: NCCL joins no two",
+        ),
+        (["rollout.sglang.num_servers=0"], 3, "rollout.sglang.num_servers: found 0; expected a po"),
+        (["rollout.max_staleness=-1"], 3, "rollout.max_staleness: found -1; expected 0 or more"),
+        (["rollout.agent={}"], 3, "rollout.agent.tools: none; name the tools, or set rollout.agen"),
+        (
+            ["rollout.agent.tools=[calculater]"],
+            3,
+            "rollout.agent.tools[0]: no 'calculater'; did you mean calculator? choose one of calc",
+        ),
+        (
+            ["rollout.agent.tools=[calculator]", "rollout.agent.max_turns=0"],
+            3,
+            "rollout.agent.max_turns: found 0; expected a positive number",
+        ),
+        (["teacher.kind=sglang"], 3, "teacher.urls: not set, and teacher.kind is sglang; name the"),
+        (
+            ["teacher.urls=['http://localhost:1']"],
+            3,
+            "teacher.urls: set, and teacher.kind is checkpoint; set teacher.kind=sglang",
+        ),
+        (
+            [
+                "teachers.m.path=x",
+                "teachers.m.kind=sglang",
+                "teachers.m.urls=['http://10.1.1.1:1']",
+            ],
+            3,
+            "teachers.m.urls[0]: http://10.1.1.1:1 is not on this host, and $MEGAOPD_TEACHER_API_K",
+        ),
+        (["teacher.top_k=-1"], 3, "teacher.top_k: found -1; expected 0 or more"),
+        (
+            ["teacher.kind=sglang", "teacher.urls=['http://localhost:1']", "loss.temperature=0.5"],
+            3,
+            "loss.temperature: 0.5 with teacher.kind sglang, whose log-probs are those at temper",
+        ),
+        (
+            [
+                "teacher.kind=sglang",
+                "teacher.urls=['http://localhost:1']",
+                "teacher.top_k=0",
+                "rollout.top_p=0.9",
+            ],
+            3,
+            "rollout.top_p: the sampler leaves tokens out, and teacher.top_k is 0: an estimate",
+        ),
+        (["loss.importance_cap=0.5"], 3, "loss.importance_cap: found 0.5; expected 1 or more"),
+        (["loss.icepop_low=1.5"], 3, "loss.icepop_low: found 1.5; expected a value in [0, 1]"),
+        (["loss.icepop_high=0.9"], 3, "loss.icepop_high: found 0.9; expected 1 or more"),
         (["data.train="], 3, "data.train: not set; give data.train=PATH"),
         (["student.path="], 3, "student.path: not set"),
         (["teacher.path="], 3, "teacher.path: not set"),
@@ -615,9 +765,25 @@ def test_a_broken_rule_is_named(
 ) -> None:
     config = _valid(conf, *words)
     with pytest.raises(ConfigError) as caught:
-        validate(config, world_size, divergences=["reverse_kl", "jsd"], rewards=["exact_match"])
+        validate(
+            config,
+            world_size,
+            divergences=["reverse_kl", "jsd"],
+            rewards=["exact_match"],
+            tools=["calculator"],
+            environ={},
+        )
     # A kind outside the table comes first; the rule on alpha holds for every kind of its name.
     assert message in str(caught.value)
+
+
+def test_a_server_of_another_host_needs_a_key(conf: Path) -> None:
+    words = ["rollout.kind=sglang", "rollout.urls=['http://10.0.0.7:30000']"]
+    words += ["teacher.kind=sglang", "teacher.urls=['http://10.0.0.8:30000']"]
+    keys = {"MEGAOPD_SGLANG_API_KEY": "a", "MEGAOPD_TEACHER_API_KEY": "b"}
+    validate(_valid(conf, *words), 3, environ=keys)
+    with pytest.raises(ConfigError, match=r"^teacher\.urls\[0\]: .*TEACHER_API_KEY is not set"):
+        validate(_valid(conf, *words), 3, environ={"MEGAOPD_SGLANG_API_KEY": "a"})
 
 
 @pytest.mark.parametrize(

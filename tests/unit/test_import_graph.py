@@ -24,15 +24,19 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megaopd"
 LAYERS = (
     ("errors", "logger", "memory", "parallel.cpu"),
     ("storage",),
-    ("config config_compose config_layouts config_schema config_validate", "batch"),
+    (
+        "config config_compose config_layouts config_rollout config_schema config_servers"
+        " config_validate",
+        "batch",
+    ),
     ("parallel.layout",),
     ("protocols", "metrics", "data", "parallel"),
-    ("losses", "rewards", "rollout", "weight_sync", "models.mapping models.families"),
-    ("models", "evaluation", "report report_svg"),
+    ("losses", "rewards", "rollout", "models.mapping models.families"),
+    ("models", "weight_sync", "evaluation", "report report_svg"),
     ("checkpoint",),
     ("engine", "trainer", "inputs", "summary", "plan"),
     ("teacher", "convert"),
-    ("train",),
+    ("train train_rollout",),
 )
 
 # The package itself sees to it that Megatron-Core can be imported without CUDA, and does no more.
@@ -47,7 +51,7 @@ ONLY_IMPORTERS = {
     "megatron.core.parallel_state": ("parallel.groups",),
     "megatron.core.mpu": (),
     "transformers": ("data", "models", "rollout", "convert.logits", "train"),
-    "safetensors": (),
+    "safetensors": ("weight_sync.disk",),
     "wandb": ("metrics",),
     "tests": (),
     "tools": (),

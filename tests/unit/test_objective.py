@@ -11,7 +11,7 @@ import torch
 from megaopd.batch import HiddenSignal, PackedBatch
 from megaopd.config import LossConfig
 from megaopd.losses.backends import BACKENDS
-from megaopd.losses.objective import DivergenceObjective
+from megaopd.losses.objective import Objective
 
 T, V, H = 7, 11, 4
 MASK = torch.tensor([0, 1, 1, 0, 1, 1, 0], dtype=torch.bool)
@@ -55,7 +55,7 @@ def inputs():
 
 def test_loss_gradient_and_metrics(inputs):
     hidden, head, batch, signal = inputs
-    out = DivergenceObjective(LossConfig(), V, 1.0, None)(hidden, head, batch, signal)
+    out = Objective(LossConfig(), V, 1.0, None)(hidden, head, batch, signal)
 
     log_p = (hidden @ head.T).log_softmax(-1)
     teacher_TH = torch.zeros(T, H)
@@ -86,7 +86,7 @@ def test_without_loss_tokens_the_gradients_are_zero_and_not_missing(inputs):
     hidden, head, batch, signal = inputs
     batch = replace(batch, loss_mask_T=torch.zeros(T, dtype=torch.bool))
     signal = HiddenSignal(signal.hidden_LH[:0], signal.head)
-    out = DivergenceObjective(LossConfig(), V, 1.0, None)(hidden, head, batch, signal)
+    out = Objective(LossConfig(), V, 1.0, None)(hidden, head, batch, signal)
     assert out.loss_sum.item() == 0
     assert (int(out.num_tokens), int(out.num_scored)) == (0, 0)
     assert {float(value) for value in out.sums.values()} == {0.0}
@@ -97,7 +97,7 @@ def test_without_loss_tokens_the_gradients_are_zero_and_not_missing(inputs):
 def test_mismatch_sees_a_wrong_engine(inputs):
     hidden, head, batch, signal = inputs
     batch.rollout_logprobs_T[MASK] += 0.1
-    out = DivergenceObjective(LossConfig(), V, 1.0, None)(hidden, head, batch, signal)
+    out = Objective(LossConfig(), V, 1.0, None)(hidden, head, batch, signal)
     # expm1(-0.1) + 0.1 for each of the three scored tokens.
     assert out.sums["rollout/mismatch_kl"].item() == pytest.approx(3 * 0.00483742, rel=1e-3)
     assert out.mismatch_max.item() == pytest.approx(0.1, rel=1e-3)

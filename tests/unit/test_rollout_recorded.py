@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -29,6 +30,7 @@ def make_samples(prompts: list[Prompt], version: int) -> list[Sample]:
             response_mask=(True, False, True),
             finish_reason="stop" if index else "length",
             weight_version=version,
+            token_versions=(version, version, version + 1) if index else (),
         )
         for prompt in prompts
         for index in range(2)
@@ -40,8 +42,8 @@ def path(tmp_path):
     """A file of two recorded steps, 3 and 4; the second has its prompts the other way round."""
     file = tmp_path / "new" / "samples.jsonl"
     recorder = SampleRecorder(file)
-    recorder.record(3, make_samples(PROMPTS, version=2))
-    recorder.record(4, make_samples(PROMPTS[::-1], version=3))
+    recorder.record(3, PROMPTS, make_samples(PROMPTS, version=2))
+    recorder.record(4, PROMPTS[::-1], make_samples(PROMPTS[::-1], version=3))
     return file
 
 
@@ -57,8 +59,26 @@ def test_replay_is_exact(path):
         engine.generate(PROMPTS, PARAMS)
 
 
+def test_results_come_in_the_order_of_the_starts(path):
+    engine = RecordedEngine(path)
+    first, second = engine.start(PROMPTS, PARAMS), engine.start(PROMPTS[::-1], PARAMS)
+    assert first.result() == make_samples(PROMPTS, version=2)
+    assert second.result() == make_samples(PROMPTS[::-1], version=3)
+    engine.close()
+
+
+def test_a_prompt_that_was_set_aside_stays_so(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    SampleRecorder(path).record(1, PROMPTS, make_samples(PROMPTS[1:], version=2))
+    row = json.loads(path.read_text())
+    assert (row["set_aside"], row["weight_version"]) == (["a"], 2)
+    engine = RecordedEngine(path)
+    assert engine.generate(PROMPTS, PARAMS) == make_samples(PROMPTS[1:], version=2)
+    assert engine.metrics == {"rollout/set_aside": 1.0}
+
+
 def test_recording_starts_afresh(path):
-    SampleRecorder(path).record(1, [])
+    SampleRecorder(path).record(1, [], [])
     assert RecordedEngine(path).generate([], PARAMS) == []
     assert len(path.read_text().splitlines()) == 1
 
@@ -88,7 +108,7 @@ def test_other_prompts_are_refused(path, prompts, n, message):
         b'{"step": 4, "weight_ver',
         b'{"step": 4}',
         b"[]",
-        b'{"step": 4, "samples": [{"prompt": {"prompt_id": "a"}}]}',
+        b'{"step": 4, "set_aside": [], "samples": [{"prompt": {"prompt_id": "a"}}]}',
         b"\xff\xfe",
     ],
 )

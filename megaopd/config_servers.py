@@ -1,0 +1,148 @@
+"""Rules of SGLang servers, the rollout's and the teachers': which there are, where they listen, and
+what they may be combined with."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from megaopd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megaopd.config import Config, RolloutConfig, TeacherConfig
+
+
+def check_rollout_servers(config: Config, environ: Mapping[str, str]) -> None:
+    """Checks `rollout`: the servers, and what a step off and a shared device need.
+
+    Args:
+        environ: environment variables, which hold the keys.
+
+    Raises:
+        ConfigError: the first rule that does not hold.
+    """
+    rollout = config.rollout
+    if rollout.kind == "sglang":
+        _check_source(rollout)
+        _check_host(rollout.sglang.host)
+        check_urls("rollout.urls", rollout.urls, rollout.sglang.api_key_env, environ)
+    elif rollout.launch or rollout.urls:
+        key = "rollout.launch" if rollout.launch else "rollout.urls"
+        raise ConfigError(
+            key, f"set, and rollout.kind is {rollout.kind}", "set rollout.kind=sglang as well"
+        )
+    if rollout.max_staleness and rollout.kind == "embedded":
+        raise ConfigError(
+            "rollout.max_staleness",
+            f"{rollout.max_staleness} with rollout.kind embedded, which generates nothing while "
+            "the same processes train",
+            "set it to 0, or rollout.kind=sglang",
+        )
+    if rollout.kind == "sglang" and rollout.sglang.colocated:
+        if rollout.max_staleness:
+            raise ConfigError(
+                "rollout.max_staleness",
+                f"{rollout.max_staleness} with rollout.sglang.colocated: the servers give up their "
+                "memory while the trainer works, and generate nothing",
+                "set it to 0, or give the servers GPUs of their own",
+            )
+        if rollout.sglang.sync == "distributed":
+            raise ConfigError(
+                "rollout.sglang.sync",
+                "distributed with rollout.sglang.colocated: NCCL joins no two processes of one GPU",
+                "set rollout.sglang.sync=tensor",
+            )
+
+
+def check_teacher_servers(key: str, teacher: TeacherConfig, environ: Mapping[str, str]) -> None:
+    """Checks the servers of the teacher at `key`.
+
+    Raises:
+        ConfigError: the first rule that does not hold.
+    """
+    if teacher.kind != "sglang":
+        if teacher.urls:
+            raise ConfigError(
+                f"{key}.urls", f"set, and {key}.kind is {teacher.kind}", f"set {key}.kind=sglang"
+            )
+        return
+    if not teacher.urls:
+        raise ConfigError(
+            f"{key}.urls", f"not set, and {key}.kind is sglang", "name the teacher's servers"
+        )
+    check_urls(f"{key}.urls", teacher.urls, teacher.api_key_env, environ)
+
+
+def _check_source(rollout: RolloutConfig) -> None:
+    if rollout.launch and rollout.urls:
+        raise ConfigError(
+            "rollout.urls",
+            "set, and rollout.launch is true",
+            "set rollout.launch=false to use these servers, or rollout.urls=[] to start others",
+        )
+    if not rollout.launch and not rollout.urls:
+        raise ConfigError(
+            "rollout.urls",
+            "not set, and rollout.kind is sglang",
+            "name the servers, or set rollout.launch=true to start them",
+        )
+
+
+def _check_host(host: str) -> None:
+    address = _address(host)
+    if address is not None and (address.is_global or address.is_unspecified):
+        raise ConfigError(
+            "rollout.sglang.host",
+            f"{host}, which the whole network reaches",
+            "give the address of loopback or of the job's private interface",
+        )
+
+
+def check_urls(
+    key: str, urls: Sequence[str], key_variable: str, environ: Mapping[str, str]
+) -> None:
+    """Checks the form of URLs, and that a server of another host has a key.
+
+    Raises:
+        ConfigError: the first rule that does not hold.
+    """
+    for i, url in enumerate(urls):
+        where = f"{key}[{i}]"
+        try:
+            parts = urlsplit(url)
+            port = parts.port  # raises for what is no port
+        except ValueError as error:
+            raise ConfigError(
+                where, f"found {url!r} ({error})", "write it as http://host:port"
+            ) from error
+        if parts.username is not None or parts.password is not None:
+            # Not repeated: it holds a secret.
+            raise ConfigError(
+                where, "it holds a user name or password", f"put the key into ${key_variable}"
+            )
+        extra = parts.path.strip("/") or parts.query or parts.fragment
+        if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or extra:
+            raise ConfigError(where, f"found {url!r}", "write it as http://host:port")
+        if url in urls[:i]:
+            raise ConfigError(where, f"{url} is there twice", "name each server once")
+        if not _is_loopback(parts.hostname) and not environ.get(key_variable):
+            raise ConfigError(
+                where,
+                f"{url} is not on this host, and ${key_variable} is not set",
+                "start the server with --api-key and put the key into that variable",
+            )
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that `host` is, None where it is a name."""
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+def _is_loopback(host: str) -> bool:
+    address = _address(host)
+    return host == "localhost" if address is None else address.is_loopback

@@ -1,0 +1,386 @@
+"""The rollout engine on SGLang servers.
+
+Rank 0 alone talks to the servers, from an event loop in a thread of its own, so that generation
+goes on while the trainer computes; results, or the error, are broadcast.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megaopd.batch import Completion, Prompt, Sample, SamplingParams
+from megaopd.config import SGLangConfig
+from megaopd.errors import RolloutError
+from megaopd.logger import get_logger
+from megaopd.rollout.conversation import (
+    Conversation,
+    Converse,
+    mean_metrics,
+    single_turn,
+)
+from megaopd.rollout.sampling import check_sampling_params
+from megaopd.rollout.sglang.api import (
+    GenerateRequest,
+    RequestRejected,
+    ServerFault,
+    check_token_ids,
+)
+from megaopd.rollout.sglang.control import MEMORY
+from megaopd.rollout.sglang.health import ALL_DOWN_S, Endpoint, Restarter
+from megaopd.rollout.sglang.loop import EventLoopThread
+from megaopd.rollout.sglang.pool import ServerPool
+from megaopd.rollout.sglang.ranks import Ranks
+
+logger = get_logger(__name__)
+
+T = TypeVar("T")
+
+POLL_S = 0.2
+# Other ranks wait in a collective, which has a time limit of its own: they hear from rank 0.
+SIGN_OF_LIFE_S = 60.0
+# Between two attempts to bring servers that were restarted up to date.
+REFRESH_EVERY_S = 10.0
+
+
+class WeightTransport(Protocol):
+    """Carries weights to the servers of an engine; see `pool` for the steps."""
+
+    def send(
+        self, engine: SGLangEngine, weights: Iterator[tuple[str, Tensor]], version: int
+    ) -> None:
+        """Collective: all ranks consume `weights`; afterwards the servers that took them carry
+        `version`, and the pool's version is `version`.
+
+        Raises:
+            RolloutError: on all ranks alike: no server took them.
+        """
+        ...
+
+    def close(self, engine: SGLangEngine) -> None:
+        """Gives up what is shared with servers; on rank 0."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """Instead of a conversation: a server says that the prompt is wrong in itself."""
+
+    why: str
+
+
+Answer = Conversation | Rejected
+
+
+@dataclass(frozen=True)
+class PendingSamples:
+    """A rollout under way; implements `megaopd.protocols.PendingRollout`."""
+
+    engine: SGLangEngine
+    prompts: Sequence[Prompt]
+    params: SamplingParams
+    future: Future[list[Answer]] | None
+    """Rank 0's."""
+
+    def result(self) -> list[Sample]:
+        return self.engine.finish(self)
+
+
+class SGLangEngine:
+    """A `RolloutEngine` over servers that run already.
+
+    Args:
+        endpoints: the servers; other ranks than 0 do not look at them.
+        config: how to talk to them.
+        vocab_size: of the model.
+        converse: what is done with a prompt; by default one response is sampled.
+        partial: see `ServerPool`.
+        transport: how `load_weights` brings weights to them; None: they keep those they have, which
+            are version 0.
+        restarter: of servers that this run started; also stops them at the end.
+        rank, world_size, group: of the processes that call the engine together.
+
+    Attributes:
+        ranks: the processes that call the engine together.
+        transport: see the argument.
+        pool: rank 0's servers, None on other ranks; it belongs to the event loop, see `run`.
+        refresh: collective; brings the current weights to `pool.stale()`. It is called while a
+            result is waited for, when a server came back without them. None: such a server
+            samples nothing before the next `load_weights`.
+
+    Raises:
+        RolloutError: on all ranks alike: a server does not answer, or refuses our key.
+    """
+
+    def __init__(
+        self,
+        endpoints: Sequence[Endpoint],
+        *,
+        config: SGLangConfig,
+        vocab_size: int,
+        converse: Converse = single_turn,
+        partial: bool = True,
+        transport: WeightTransport | None = None,
+        restarter: Restarter | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.weight_version = 0 if transport is None else -1
+        self.metrics: dict[str, float] = {}
+        self.refresh: Callable[[], None] | None = None
+        self.pool: ServerPool | None = None
+        self.ranks = Ranks(rank, world_size, group)
+        self._config = config
+        self._vocab_size = vocab_size
+        self._converse = converse
+        self.transport = transport
+        self._restarter = restarter
+        self._num_rollouts = 0
+        self._refresh_at = 0.0
+        self._counted: dict[str, int] = {}
+        self._loop: EventLoopThread | None = None
+        self._max_request_tokens = self.ranks.on_rank_0(
+            lambda: self._connect(endpoints, partial, restarter)
+        )
+
+    def _connect(
+        self, endpoints: Sequence[Endpoint], partial: bool, restarter: Restarter | None
+    ) -> int:
+        config = self._config
+        self._loop = EventLoopThread()
+        self.pool = ServerPool(
+            endpoints,
+            vocab_size=self._vocab_size,
+            restarter=restarter,
+            max_tokens_in_flight=config.max_tokens_in_flight,
+            progress_timeout_s=config.progress_timeout_s,
+            health_interval_s=config.health_interval_s,
+            max_retries=config.max_retries,
+            partial=partial,
+        )
+        try:
+            self.run(self.pool.start())
+        except RolloutError:
+            self._loop.close()
+            raise
+        return self.pool.max_request_tokens
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Waits for a coroutine that uses `pool`; on rank 0 alone."""
+        assert self._loop is not None
+        return self._loop.run(coroutine)
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Starts a coroutine that uses `pool`; on rank 0 alone."""
+        assert self._loop is not None
+        return self._loop.submit(coroutine)
+
+    def load_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
+        """Brings (Hugging Face name, full tensor) pairs to the servers; collective.
+
+        Raises:
+            RolloutError: no server took them, or this engine has no transport.
+        """
+        if self.transport is None:
+            raise RolloutError("rollout engine", "it has no way to send weights", "give it one")
+        self.weight_version = -1
+        if self._config.colocated and self.ranks.rank == 0:
+            self.run(self._memory(resume=True, tags=("weights",)))
+        self.transport.send(self, weights, version)
+        self.weight_version = version
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Sample]:
+        """Samples `params.n` responses per prompt; collective.
+
+        A prompt that a server rejects is set aside: it has no samples, and is counted in
+        `metrics`.
+
+        Raises:
+            RolloutError: on every rank alike: bad parameters or prompts, no weights yet, all
+                servers down, a request that failed too often, or a model whose probabilities are
+                not finite.
+        """
+        return self.start(prompts, params).result()
+
+    def start(self, prompts: Sequence[Prompt], params: SamplingParams) -> PendingSamples:
+        """Begins to sample in the background; `result` of what it returns is collective.
+
+        Raises:
+            RolloutError: on every rank alike: bad parameters or prompts, no weights yet.
+        """
+        self._check(prompts, params)
+        self._num_rollouts += 1
+        future = None
+        if self._loop is not None:
+            future = self._loop.submit(self._sample_all(prompts, params, self._num_rollouts))
+        return PendingSamples(self, prompts, params, future)
+
+    def finish(self, pending: PendingSamples) -> list[Sample]:
+        """`PendingSamples.result`."""
+        while True:
+            kind, value = self.ranks.broadcast(self._await_news(pending))
+            if kind == "refresh":
+                assert self.refresh is not None
+                self.refresh()
+            elif kind == "failed":
+                raise value
+            elif kind == "done":
+                answers, self.metrics = value
+                return self._samples(pending, answers)
+
+    def close(self) -> None:
+        """Gives up what is under way, closes the connections, stops servers that we started."""
+        if self._loop is not None and self.pool is not None:
+            if self.transport is not None:
+                self.transport.close(self)
+            self.run(self.pool.close())
+            self._loop.close()
+            self._loop = None
+        if self._restarter is not None:
+            self._restarter.stop()
+
+    def _check(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
+        check_sampling_params(params)
+        if self.weight_version < 0:
+            raise RolloutError(
+                "rollout engine", "it has no complete weights", "load weights before generating"
+            )
+        limit = self._max_request_tokens
+        for prompt in prompts:
+            where, length = f"prompt {prompt.prompt_id}", len(prompt.token_ids)
+            check_token_ids(prompt.token_ids, self._vocab_size, where)
+            if limit and length + params.max_new_tokens > limit:
+                found = f"{length} + {params.max_new_tokens} new tokens exceed the context {limit}"
+                raise RolloutError(where, found, "shorten the prompt or the response")
+
+    # On rank 0.
+
+    async def _sample_all(
+        self, prompts: Sequence[Prompt], params: SamplingParams, rollout: int
+    ) -> list[Answer]:
+        """All responses, ordered by prompt then index."""
+        if self._config.colocated:
+            await self._memory(resume=True, tags=MEMORY)
+        tasks = [
+            asyncio.create_task(self._sample(prompt, index, params, rollout))
+            for prompt in prompts
+            for index in range(params.n)
+        ]
+        try:
+            answers = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        if self._config.colocated:
+            await self._memory(resume=False, tags=MEMORY)
+        return answers
+
+    async def _sample(
+        self, prompt: Prompt, index: int, params: SamplingParams, rollout: int
+    ) -> Answer:
+        pool, name = self.pool, f"{prompt.prompt_id}/{index}"
+        assert pool is not None
+        whole = GenerateRequest(
+            input_ids=prompt.token_ids,
+            params=params,
+            seed=sample_seed(params.seed, name),
+            name=f"sample {name}",
+            affinity=(rollout, prompt.prompt_id),
+        )
+
+        async def complete(token_ids: tuple[int, ...], max_new_tokens: int) -> Completion:
+            asked = replace(params, max_new_tokens=max_new_tokens)
+            return await pool.complete(replace(whole, input_ids=token_ids, params=asked))
+
+        try:
+            return await self._converse(complete, prompt, index, params)
+        except RequestRejected as rejected:
+            logger.warning("prompt %s is set aside: %s", prompt.prompt_id, rejected)
+            return Rejected(str(rejected))
+
+    async def _memory(self, *, resume: bool, tags: Sequence[str]) -> None:
+        """Takes or gives back the memory of colocated servers."""
+        assert self.pool is not None
+        for client in self.pool.up():
+            kept = client.capabilities.keeps_weights or resume
+            kinds = [tag for tag in tags if kept or tag != "weights"]
+            try:
+                if resume:
+                    await client.resume_memory(kinds)
+                else:
+                    await client.release_memory(kinds)
+            except ServerFault as fault:
+                self.pool.quarantine(client, f"its memory is in an unknown state ({fault})")
+
+    def _await_news(self, pending: PendingSamples) -> tuple[str, Any]:
+        """Waits until the other ranks have something to hear: (kind, value)."""
+        future, pool = pending.future, self.pool
+        if future is None or pool is None:
+            return "", None
+        until = time.monotonic() + SIGN_OF_LIFE_S
+        fed_at = time.monotonic()
+        while time.monotonic() < until:
+            if future.done() or not _times_out(future):
+                try:
+                    answers = future.result()
+                except RolloutError as error:
+                    return "failed", error
+                return "done", (answers, self._count(answers, pending.params))
+            if self.refresh is not None and pool.stale() and time.monotonic() >= self._refresh_at:
+                self._refresh_at = time.monotonic() + REFRESH_EVERY_S
+                return "refresh", None
+            if not pool.starved():
+                fed_at = time.monotonic()
+            elif time.monotonic() - fed_at > ALL_DOWN_S:
+                found = f"none that is up has the weights of version {pool.version}"
+                return "failed", RolloutError("rollout servers", found, "look at their logs")
+        return "wait", None
+
+    def _count(self, answers: Sequence[Answer], params: SamplingParams) -> dict[str, float]:
+        """What happened since the last result."""
+        assert self.pool is not None
+        counters, before = dict(self.pool.counters), self._counted
+        self._counted = counters
+        metrics = {
+            f"rollout/{name}": float(counters.get(name, 0) - before.get(name, 0))
+            for name in ("retries", "cuts", "servers_lost")
+        }
+        aside = {i // params.n for i, answer in enumerate(answers) if isinstance(answer, Rejected)}
+        good = [answer for answer in answers if isinstance(answer, Conversation)]
+        return {**metrics, **mean_metrics(good), "rollout/set_aside": float(len(aside))}
+
+    # On every rank.
+
+    def _samples(self, pending: PendingSamples, answers: Sequence[Answer]) -> list[Sample]:
+        samples, n = [], pending.params.n
+        version = self.weight_version if self.transport is None else None
+        for p, prompt in enumerate(pending.prompts):
+            group = answers[p * n : (p + 1) * n]
+            good = [answer for answer in group if isinstance(answer, Conversation)]
+            if len(good) == n:
+                samples += [c.sample(prompt, i, version) for i, c in enumerate(good)]
+        return samples
+
+
+def sample_seed(seed: int, name: str) -> int:
+    """The seed of one sample: 31 bits of the rollout's seed and the sample's name."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _times_out(future: Future[Any]) -> bool:
+    """Whether a future is still not done after a moment."""
+    try:
+        future.exception(timeout=POLL_S)
+    except TimeoutError:
+        return True
+    return False

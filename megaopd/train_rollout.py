@@ -1,0 +1,250 @@
+"""Where a run's samples come from: the engines, the servers behind them, and the way of weights.
+
+The part of `megaopd.train` that knows the classes of rollout and weight sync.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megaopd.config import Config, TeacherConfig
+from megaopd.inputs import Inputs
+
+if TYPE_CHECKING:
+    from megaopd.parallel.groups import ParallelGroups
+    from megaopd.protocols import RolloutEngine, WeightSync
+    from megaopd.rollout.conversation import Converse
+    from megaopd.rollout.sglang.engine import WeightTransport
+    from megaopd.rollout.sglang.fleet import ServerFleet
+    from megaopd.rollout.sglang.health import Endpoint
+    from megaopd.weight_sync.carrier import Carrier
+
+# Ranks that wait for servers wait in a collective, which has a time limit: rank 0 gives a sign.
+SIGN_OF_LIFE_S = 60.0
+
+
+def conversation(config: Config, inputs: Inputs) -> Converse:
+    """What an engine does with a prompt: sample one response, or let the student call tools."""
+    from megaopd.rollout.agent import Agent
+    from megaopd.rollout.conversation import single_turn
+
+    agent = config.rollout.agent
+    return Agent(agent, inputs.tokenizer) if agent else single_turn
+
+
+def embedded_engine(config: Config, inputs: Inputs, groups: ParallelGroups) -> RolloutEngine:
+    from megaopd.models.build import DTYPES
+    from megaopd.rollout.embedded import EmbeddedEngine
+
+    return EmbeddedEngine(
+        config.student.path,
+        device=groups.device,
+        dtype=DTYPES[config.student.dtype],
+        batch_size=config.rollout.batch_size,
+        converse=conversation(config, inputs),
+        rank=groups.rank,
+        world_size=groups.world_size,
+    )
+
+
+def recorded_engine(config: Config, inputs: Inputs, groups: ParallelGroups) -> RolloutEngine:
+    from megaopd.rollout.recorded import RecordedEngine
+
+    return RecordedEngine(config.rollout.path)
+
+
+def sglang_engine(config: Config, inputs: Inputs, groups: ParallelGroups) -> RolloutEngine:
+    """Servers at `rollout.urls`, or of our own."""
+    from megaopd.rollout.sglang.engine import SGLangEngine
+    from megaopd.rollout.sglang.pool import Address
+
+    rollout, servers = config.rollout, config.rollout.sglang
+    fleet: ServerFleet | None = None
+    endpoints: Sequence[Endpoint] = ()
+    if rollout.launch:
+        fleet = _start_servers(config, groups)
+        endpoints = fleet.servers if fleet else ()
+    else:
+        api_key = os.environ.get(servers.api_key_env, "")
+        admin_key = os.environ.get(servers.admin_key_env, "") or api_key
+        endpoints = [Address(url.rstrip("/"), api_key, admin_key) for url in rollout.urls]
+    return SGLangEngine(
+        endpoints,
+        config=servers,
+        vocab_size=inputs.student_arch.vocab_size,
+        converse=conversation(config, inputs),
+        partial=rollout.partial,
+        transport=TRANSPORTS[servers.sync](config, groups),
+        restarter=fleet,
+        rank=groups.rank,
+        world_size=groups.world_size,
+    )
+
+
+def _transport(config: Config, carrier: Carrier) -> WeightTransport:
+    from megaopd.weight_sync.tensor import TensorCarrier
+    from megaopd.weight_sync.transport import ServerTransport
+
+    servers = config.rollout.sglang
+    return ServerTransport(
+        carrier,
+        # The way that needs nothing but HTTP.
+        TensorCarrier(by_value=True),
+        bucket_bytes=servers.bucket_bytes,
+        partial=config.rollout.partial,
+        verify=servers.verify,
+    )
+
+
+def disk_transport(config: Config, groups: ParallelGroups) -> WeightTransport:
+    from megaopd.weight_sync.disk import DiskCarrier
+
+    return _transport(config, DiskCarrier(config.rollout.sglang.sync_dir))
+
+
+def tensor_transport(config: Config, groups: ParallelGroups) -> WeightTransport:
+    from megaopd.weight_sync.tensor import TensorCarrier
+
+    return _transport(config, TensorCarrier(by_value=groups.device.type != "cuda"))
+
+
+def distributed_transport(config: Config, groups: ParallelGroups) -> WeightTransport:
+    from megaopd.weight_sync.distributed import DistributedCarrier
+
+    return _transport(
+        config, DistributedCarrier("nccl" if groups.device.type == "cuda" else "gloo")
+    )
+
+
+# By rollout.sglang.sync: how `SGLangEngine.load_weights` brings weights to its servers.
+TRANSPORTS: dict[str, Callable[[Config, ParallelGroups], WeightTransport]] = {
+    "disk": disk_transport,
+    "tensor": tensor_transport,
+    "distributed": distributed_transport,
+}
+
+
+def weight_sync(engine: RolloutEngine) -> WeightSync:
+    """What keeps the weights of `engine` those of the student."""
+    from megaopd.rollout.sglang.engine import SGLangEngine
+    from megaopd.weight_sync.in_process import InProcessSync
+    from megaopd.weight_sync.servers import ServerSync
+
+    return ServerSync() if isinstance(engine, SGLangEngine) else InProcessSync()
+
+
+# By rollout.kind. Collective.
+ENGINES: dict[str, Callable[[Config, Inputs, ParallelGroups], RolloutEngine]] = {
+    "embedded": embedded_engine,
+    "recorded": recorded_engine,
+    "sglang": sglang_engine,
+}
+
+
+def teacher_engine(
+    own: TeacherConfig, config: Config, inputs: Inputs, groups: ParallelGroups
+) -> RolloutEngine:
+    """An engine that samples from a teacher, with the weights that it has at the start."""
+    if own.kind == "sglang":
+        from megaopd.rollout.sglang.engine import SGLangEngine
+        from megaopd.rollout.sglang.pool import Address
+
+        api_key = os.environ.get(own.api_key_env, "")
+        return SGLangEngine(
+            [Address(url.rstrip("/"), api_key, api_key) for url in own.urls],
+            config=config.rollout.sglang,
+            vocab_size=inputs.vocab_size,
+            converse=conversation(config, inputs),
+            rank=groups.rank,
+            world_size=groups.world_size,
+        )
+    from megaopd.checkpoint import open_weights
+    from megaopd.checkpoint.loading import verify_together
+    from megaopd.models.arch import read_arch
+    from megaopd.models.build import DTYPES
+    from megaopd.models.families import hf_shapes
+    from megaopd.rollout.embedded import EmbeddedEngine
+
+    path = own.path or config.student.path
+    source = open_weights(path)
+    verify_together(source.path)
+    engine = EmbeddedEngine(
+        path,
+        device=groups.device,
+        dtype=DTYPES[own.dtype],
+        batch_size=config.rollout.batch_size,
+        converse=conversation(config, inputs),
+        rank=groups.rank,
+        world_size=groups.world_size,
+    )
+    names = hf_shapes(read_arch(path))
+    engine.load_weights(((name, source.read(name)) for name in names), version=0)
+    return engine
+
+
+def _start_servers(config: Config, groups: ParallelGroups) -> ServerFleet | None:
+    """Starts rank 0's servers and waits until they answer; collective. None on other ranks.
+
+    Raises:
+        RolloutError: on every rank alike: one of them did not start.
+    """
+    from megaopd.rollout.sglang.ranks import Ranks
+
+    ranks = Ranks(groups.rank, groups.world_size)
+    fleet = _fleet(config, groups) if groups.rank == 0 else None
+    with ThreadPoolExecutor(max_workers=1) as starter:
+        start = starter.submit(fleet.start) if fleet else None
+        while not ranks.on_rank_0(lambda: start is not None and _is_done(start)):
+            pass
+    return fleet
+
+
+def _is_done(start: Future[None]) -> bool:
+    """Whether it has ended, asked with patience; raises what it raised."""
+    try:
+        start.result(timeout=SIGN_OF_LIFE_S)
+    except TimeoutError:
+        return False
+    return True
+
+
+def _fleet(config: Config, groups: ParallelGroups) -> ServerFleet:
+    from megaopd.rollout.sglang.flags import ServerSpec
+    from megaopd.rollout.sglang.fleet import ServerFleet
+    from megaopd.rollout.sglang.server import SGLangServer
+
+    servers = config.rollout.sglang
+    # Beside the trainer's ranks of this host, or on the same devices.
+    first_gpu = 0 if servers.colocated else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    specs = [
+        ServerSpec(
+            model_path=config.student.path,
+            python=servers.python or sys.executable,
+            device=groups.device.type,
+            dtype=config.student.dtype,
+            host=servers.host,
+            tensor=servers.tensor,
+            first_gpu=first_gpu + index * servers.tensor,
+            colocated=servers.colocated,
+            seed=config.run.seed,
+            args=servers.args,
+        )
+        for index in range(servers.num_servers)
+    ]
+    keys = {
+        "api_key": os.environ.get(servers.api_key_env, ""),
+        "admin_key": os.environ.get(servers.admin_key_env, ""),
+    }
+    logs = Path(config.run.dir) / "servers"
+    return ServerFleet(
+        [
+            SGLangServer(spec, index, logs, start_timeout_s=servers.start_timeout_s, **keys)
+            for index, spec in enumerate(specs)
+        ],
+        max_restarts=servers.max_restarts,
+    )
