@@ -276,7 +276,7 @@ def _check_server_loss(config: Config, key: str, teacher: TeacherConfig) -> None
     if loss.temperature != 1:
         raise ConfigError(
             "loss.temperature",
-            f"{loss.temperature} with {key}.kind sglang, whose log-probs are those at temperature 1",
+            f"{loss.temperature} with {key}.kind sglang, whose log-probs are at temperature 1",
             "set it to 1",
         )
     if teacher.top_k == 0 and (rollout.top_p < 1 or rollout.top_k):

@@ -84,9 +84,12 @@ class BackgroundRollout:
     def _sample_all(self) -> None:
         engine = self.engine
         for token in range(NUM_TOKENS):
-            if token == NUM_TOKENS // 2:
-                engine.wait_for(lambda: self.wanted or engine.weight_version > self.start_version)
             with engine.changed:
+                # A rollout that nobody ever asks for ends unheard: its `result` would see it.
+                if token == NUM_TOKENS // 2 and not engine.changed.wait_for(
+                    lambda: self.wanted or engine.weight_version > self.start_version, TIMEOUT_S
+                ):
+                    return
                 self.token_versions.append(engine.weight_version - engine.missed)
                 engine.changed.notify_all()
 

@@ -109,8 +109,9 @@ def test_the_page_is_whole_and_fetches_nothing(run_dir: Path) -> None:
     assert "teacher 0.875" in words
     assert "✗ wrong" in words
     assert "✓ correct" in words
-    assert "step 2\ntraining loss: 0.5\nheld-out reverse KL: 0.2" in page.words
-    assert "step 3\ntraining loss: not a number\nheld-out reverse KL: 0.3" in page.words
+    points = [word.splitlines() for word in page.words]
+    assert ["step 2", "training loss: 0.5", "held-out reverse KL: 0.2"] in [p[:3] for p in points]
+    assert ["step 3", "training loss: not a number"] in [p[:2] for p in points]
     # 8 s a step, 7.5 of them in named phases; the evaluation before step 1 stands alone.
     assert "step 1\nrollout: 1\npack: 0.5\nteacher: 2\nstudent: 4\nother: 0.5" in page.words
     assert "step 0\neval: 3" in page.words

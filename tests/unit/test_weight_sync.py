@@ -1,5 +1,5 @@
 """Buckets, files, checksums, and the course of an update at servers that fail on request; what real
-ones make of it is in tests/distributed/test_weight_sync.py."""
+ones make of it is in tests/distributed/test_weight_sync_servers.py."""
 
 from __future__ import annotations
 
