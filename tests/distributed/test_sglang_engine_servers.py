@@ -46,7 +46,7 @@ def server(sglang_servers, model_dir) -> SGLangServer:
 
 @pytest.fixture
 def case(server, model_dir) -> Iterator[Case]:
-    """An engine that takes the server's weights as they are: see test_weight_sync_servers for the rest."""
+    """An engine that takes the server's weights as they are; weight sync has tests of its own."""
     engine = SGLangEngine([server], config=SGLangConfig(), vocab_size=VOCAB)
     yield Case(engine, model_dir, can_load=False)
     engine.close()
