@@ -121,11 +121,12 @@ class DataConfig:
     name: str = ""
     """Name of the task, for summary.json and the report."""
     train: str = ""
-    """JSONL file of training prompts."""
+    """Training prompts: a JSONL or parquet file, or a directory of them."""
     eval: str = ""
-    """JSONL file of evaluation prompts; empty evaluates nothing."""
+    """Evaluation prompts, in the same forms; empty evaluates nothing."""
     prompt_column: str = "prompt"
-    """Column of the prompt: a string, or a list of {role, content} messages."""
+    """Column of the prompt: a string, or a list of {role, content} messages. Here and in the other
+    columns dots lead into nested ones: reward_model.ground_truth."""
     answer_column: str = "answer"
     """Column of the reference answer; may be missing where the reward needs none."""
     teacher_column: str = "teacher"
@@ -134,9 +135,12 @@ class DataConfig:
     """Column of the prompt that the teacher sees in place of the student's (privileged context);
     empty shows it the same."""
     id_column: str = "id"
-    """Column of the prompt's unique id; where the column is missing, the line number is the id."""
+    """Column of the prompt's unique id; where it is missing, the row's number is the id."""
     chat_template: bool = False
     """Render string prompts as one user message of the tokenizer's chat template."""
+    enable_thinking: bool | None = None
+    """Given to the chat template: whether the model thinks before it answers, for templates that
+    know it; null leaves it to the template."""
     max_prompt_tokens: int = 1024
     """Longest prompt; a longer one is set aside and counted."""
     shuffle: bool = True
@@ -236,7 +240,8 @@ class EvalConfig:
     interval: int = 0
     """Evaluate every so many steps; 0 evaluates before and after only."""
     reward: str = "exact_match"
-    """How a response is scored, an entry of megaopd.rewards.REWARDS."""
+    """How a response is scored: an entry of megaopd.rewards.REWARDS, or a function of yours,
+    path/to/file.py:function."""
     teacher: bool = True
     """Measure the teacher's accuracy too."""
 

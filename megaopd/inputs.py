@@ -51,7 +51,12 @@ def read_inputs(config: Config) -> Inputs:
     """
     from megaopd.checkpoint import open_weights
     from megaopd.data.prompts import load_prompts
-    from megaopd.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_token_ids
+    from megaopd.data.tokenizer import (
+        check_same_tokenizer,
+        load_tokenizer,
+        stop_token_ids,
+        template_options,
+    )
     from megaopd.data.tool_template import ToolTemplate
     from megaopd.models.arch import read_arch
     from megaopd.models.freeze import check_freeze
@@ -78,7 +83,8 @@ def read_inputs(config: Config) -> Inputs:
     for name, path in paths.items():
         check_same_tokenizer(student, path, f"teachers.{name}.path" if name else "teacher.path")
     agent = config.rollout.agent
-    tools = ToolTemplate(tokenizer, tool_schemas(agent)) if agent else None
+    options = template_options(config.data, tokenizer)
+    tools = ToolTemplate(tokenizer, tool_schemas(agent), options) if agent else None
     train_set = load_prompts(config.data.train, config.data, tokenizer, paths, tools)
     eval_prompts: tuple[Prompt, ...] = ()
     if config.data.eval:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +16,8 @@ import torch
 
 from megaopd.batch import Prompt
 from megaopd.config import DataConfig
+from megaopd.data.rows import Row, excerpt, read_rows
+from megaopd.data.tokenizer import template_options
 from megaopd.data.tool_template import ToolTemplate
 from megaopd.errors import CheckpointError, DataError
 
@@ -43,7 +45,7 @@ def load_prompts(
     teachers: Collection[str] = ("",),
     tools: ToolTemplate | None = None,
 ) -> PromptSet:
-    """Reads a JSONL file of prompts; blank lines are skipped.
+    """Reads prompts from a JSONL or parquet file, or from a directory of them.
 
     A prompt is a string, or a list of ``{"role": ..., "content": ...}`` messages, which goes
     through the chat template; so is the one that the teacher sees, where data.teacher_prompt_column
@@ -55,31 +57,33 @@ def load_prompts(
         tools: offers tools in every prompt that goes through the chat template.
 
     Raises:
-        DataError: a line that is not a JSON object, a missing or wrong column, an empty prompt, an
-            id met before, a teacher that there is not (all with file and line); no file, no prompt,
-            or only overlong ones.
+        DataError: a row that cannot be read, a missing or wrong column, an empty prompt, an id met
+            before, a teacher that there is not (all with file and row); no file, no prompt, or only
+            overlong ones.
+        ConfigError: data.enable_thinking is set and the chat template does not read it.
     """
     prompts: list[Prompt] = []
-    line_of_id: dict[str, int] = {}
+    row_of_id: dict[str, str] = {}
     num_overlong = 0
-    for number, row in _rows(Path(path)):
-        where = f"{path}:{number}"
-        prompt_id = _scalar(row.get(config.id_column, number), config.id_column, where)
-        if prompt_id in line_of_id:
+    options = template_options(config, tokenizer)
+    for row in read_rows(path):
+        where = row.where
+        prompt_id = _scalar(row.get(config.id_column, row.number), config.id_column, where)
+        if prompt_id in row_of_id:
             raise DataError(
                 where,
-                f"id {prompt_id!r} is taken by line {line_of_id[prompt_id]}",
+                f"id {prompt_id!r} is taken by {row_of_id[prompt_id]}",
                 f"make column {config.id_column!r} unique",
             )
-        line_of_id[prompt_id] = number
-        token_ids = _token_ids(row, "prompt_column", config, tokenizer, tools, where)
+        row_of_id[prompt_id] = where
+        token_ids = _token_ids(row, "prompt_column", config, tokenizer, tools, options)
         teacher_token_ids = None
         if config.teacher_prompt_column:
             teacher_token_ids = _token_ids(
-                row, "teacher_prompt_column", config, tokenizer, tools, where
+                row, "teacher_prompt_column", config, tokenizer, tools, options
             )
         answer = row.get(config.answer_column)
-        teacher = _teacher(row, config.teacher_column, teachers, where)
+        teacher = _teacher(row, config.teacher_column, teachers)
         if max(len(token_ids), len(teacher_token_ids or ())) > config.max_prompt_tokens:
             num_overlong += 1
             continue
@@ -92,8 +96,8 @@ def load_prompts(
                 teacher_token_ids,
             )
         )
-    if not line_of_id:
-        raise DataError(str(path), "no prompt in it", "write one JSON object per line")
+    if not row_of_id:
+        raise DataError(str(path), "no prompt in it", "write one row for each prompt")
     if not prompts:
         raise DataError(
             str(path),
@@ -103,78 +107,50 @@ def load_prompts(
     return PromptSet(tuple(prompts), num_overlong)
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number from 1, JSON object)."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                where = f"{path}:{number}"
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    found = f"not valid JSON ({error.msg} at column {error.colno})"
-                    raise DataError(where, found, "write one JSON object per line") from error
-                except UnicodeDecodeError as error:
-                    raise DataError(where, "not UTF-8 text", "save the file as UTF-8") from error
-                if not isinstance(row, dict):
-                    found = f"a JSON {type(row).__name__}, not an object"
-                    raise DataError(where, found, "write one JSON object per line")
-                yield number, row
-    except OSError as error:
-        raise DataError(str(path), error.strerror or str(error), "name a readable file") from error
-
-
 def _scalar(value: Any, column: str, where: str) -> str:
     """An id or an answer as text."""
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
-        found = f"column {column!r} holds {_excerpt(value)}"
+        found = f"column {column!r} holds {excerpt(value)}"
         raise DataError(where, found, "write a string or a number")
     return str(value)
 
 
-def _teacher(row: dict[str, Any], column: str, teachers: Collection[str], where: str) -> str:
+def _teacher(row: Row, column: str, teachers: Collection[str]) -> str:
     """The teacher that the row is routed to."""
     name = row.get(column)
     if name is None:
         name = ""
     if not isinstance(name, str) or name not in teachers:
         known = ", ".join(sorted(repr(t) for t in teachers if t)) or "none"
-        raise DataError(
-            where,
-            f"column {column!r} names the teacher {_excerpt(name)}; there are {known}",
+        raise row.error(
+            f"column {column!r} names the teacher {excerpt(name)}; there are {known}",
             "enter it under teachers, or set data.teacher_column",
         )
     return name
 
 
 def _token_ids(
-    row: dict[str, Any],
+    row: Row,
     key: Literal["prompt_column", "teacher_prompt_column"],
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     tools: ToolTemplate | None,
-    where: str,
+    options: Mapping[str, Any],
 ) -> tuple[int, ...]:
     """The prompt in the column that the configuration's `key` names."""
-    column = getattr(config, key)
-    if column not in row:
-        raise DataError(
-            where,
-            f"no column {column!r}; it has {', '.join(row) or 'none'}",
-            f"set data.{key}",
-        )
-    value = row[column]
+    column, where = getattr(config, key), row.where
+    value = row.get(column)
+    if value is None:
+        raise row.missing(column, f"set data.{key}")
     if not isinstance(value, str | list):
-        found = f"column {column!r} holds {_excerpt(value)}"
+        found = f"column {column!r} holds {excerpt(value)}"
         raise DataError(where, found, "write a string or a list of messages")
     if not value or (isinstance(value, str) and not value.strip()):
         raise DataError(where, f"an empty prompt in column {column!r}", "remove the line")
     messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
     if isinstance(value, list) or config.chat_template:
         # The template writes the special tokens itself.
-        text, add_special_tokens = _render(messages, tokenizer, tools, where), False
+        text, add_special_tokens = _render(messages, tokenizer, tools, options, where), False
     else:
         text, add_special_tokens = value, True
     try:
@@ -191,6 +167,7 @@ def _render(
     messages: list[Any],
     tokenizer: PreTrainedTokenizerBase,
     tools: ToolTemplate | None,
+    options: Mapping[str, Any],
     where: str,
 ) -> str:
     for message in messages:
@@ -200,7 +177,7 @@ def _render(
         if not well_formed:
             raise DataError(
                 where,
-                f"the message {_excerpt(message)}",
+                f"the message {excerpt(message)}",
                 'write {"role": "user", "content": "..."}, both strings',
             )
     if tokenizer.chat_template is None:
@@ -211,7 +188,9 @@ def _render(
         )
     import jinja2  # what transformers renders templates with
 
-    shown = tools.arguments(messages) if tools else {"conversation": messages}
+    # Parquet gives every message all fields that any message has.
+    messages = [{k: v for k, v in message.items() if v is not None} for message in messages]
+    shown = tools.arguments(messages) if tools else {"conversation": messages, **options}
     try:
         return str(
             tokenizer.apply_chat_template(**shown, tokenize=False, add_generation_prompt=True)
@@ -219,11 +198,6 @@ def _render(
     except jinja2.TemplateError as error:
         found = f"the chat template refuses the messages ({' '.join(str(error).split())})"
         raise DataError(where, found, "mend the messages") from error
-
-
-def _excerpt(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class PromptStream:

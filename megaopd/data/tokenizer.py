@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megaopd.config import DataConfig
 from megaopd.errors import ConfigError, MegaOPDError
 from megaopd.storage.steps import hf_directory
 
@@ -84,6 +85,26 @@ def _tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 
 def _quote(token: str | None) -> str:
     return "nothing" if token is None else repr(token)
+
+
+def template_options(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, bool | str]:
+    """What the chat template is given besides the messages.
+
+    Raises:
+        ConfigError: data.enable_thinking is set and no template reads it.
+    """
+    if config.enable_thinking is None:
+        return {}
+    if "enable_thinking" not in str(tokenizer.chat_template):
+        raise ConfigError(
+            "data.enable_thinking",
+            f"{str(config.enable_thinking).lower()}, and the tokenizer's chat template does not "
+            "read it",
+            "set it to null, or take a tokenizer whose template does",
+        )
+    return {"enable_thinking": config.enable_thinking}
 
 
 def stop_token_ids(

@@ -36,15 +36,20 @@ class ToolTemplate:
 
     Args:
         schemas: the tools, each as OpenAI describes a function.
+        options: further variables of the template; see `tokenizer.template_options`.
 
     Raises:
         ConfigError: there is no chat template, or it shows results of tools in no way.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, schemas: Sequence[dict[str, Any]]
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        schemas: Sequence[dict[str, Any]],
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
+        self._options = dict(options or {})
         self._schemas = list(schemas)
         if tokenizer.chat_template is None:
             raise ConfigError(
@@ -65,13 +70,13 @@ class ToolTemplate:
     def arguments(self, messages: Sequence[Message]) -> dict[str, Any]:
         """The arguments of `apply_chat_template` that show `messages` and the tools."""
         if self._knows_tools:
-            return {"conversation": list(messages), "tools": self._schemas}
+            return {"conversation": list(messages), "tools": self._schemas, **self._options}
         tools = "\n".join(json.dumps(schema, ensure_ascii=False) for schema in self._schemas)
         system = OFFER.format(tools=tools)
         shown = _results_by_user(messages)
         if shown and shown[0]["role"] == "system":
             system = f"{shown.pop(0)['content']}\n\n{system}"
-        return {"conversation": [{"role": "system", "content": system}, *shown]}
+        return {"conversation": [{"role": "system", "content": system}, *shown], **self._options}
 
     def result_ids(self, last_id: int, texts: Sequence[str], max_tokens: int) -> list[int]:
         """The tokens between the end of a turn of the model that called tools and its next turn.
@@ -101,7 +106,7 @@ class ToolTemplate:
         try:
             return self._render(question) != str(
                 self._tokenizer.apply_chat_template(
-                    question, tokenize=False, add_generation_prompt=True
+                    question, tokenize=False, add_generation_prompt=True, **self._options
                 )
             )
         except jinja2.TemplateError:

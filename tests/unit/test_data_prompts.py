@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from megaopd.batch import Prompt
 from megaopd.config import DataConfig
 from megaopd.data.prompts import PromptStream, load_prompts
-from megaopd.errors import CheckpointError, DataError
+from megaopd.errors import CheckpointError, ConfigError, DataError
+from tests.helpers.data_files import write_rows
 
 WORDS = ["<unk>", "<user>", "<assistant>", "one", "two", "three", "four", "system"]
 TEMPLATE = (
@@ -139,8 +140,8 @@ GOOD = {"id": "a", "prompt": "one"}
         ([GOOD, {"prompt": []}], "p.jsonl:2: an empty prompt"),
         ([GOOD, {"prompt": 3}], "p.jsonl:2: column 'prompt' holds 3"),
         ([GOOD, {"prompt": "\ud800"}], "p.jsonl:2: half of a surrogate pair"),
-        ([GOOD, "", GOOD], "p.jsonl:3: id 'a' is taken by line 1"),
-        ([{"id": "2", "prompt": "one"}, {"prompt": "one"}], "p.jsonl:2: id '2' is taken by line 1"),
+        ([GOOD, "", GOOD], "p.jsonl:1; make column 'id' unique"),
+        ([{"id": "2", "prompt": "one"}, {"prompt": "one"}], "p.jsonl:2: id '2' is taken by "),
         ([{"id": True, "prompt": "one"}], "p.jsonl:1: column 'id' holds true"),
         ([{"prompt": "one", "answer": ["a"]}], "p.jsonl:1: column 'answer' holds [\"a\"]"),
         ([{"prompt": ["one"]}], 'p.jsonl:1: the message "one"'),
@@ -171,6 +172,65 @@ def test_unreadable_files_are_named(tmp_path: Path, tokenizer: PreTrainedTokeniz
     latin.write_bytes(b'{"prompt": "one"}\n{"prompt": "caf\xe9"}\n')
     with pytest.raises(DataError, match=r"latin\.jsonl:2: not UTF-8"):
         load_prompts(latin, DataConfig(), tokenizer)
+
+
+VERL = {
+    "data_source": "math_dapo",
+    "prompt": [{"role": "user", "content": "one two"}],
+    "reward_model": {"ground_truth": "34", "style": "rule"},
+    "extra_info": {"index": "x-1"},
+}
+
+
+@pytest.mark.parametrize("name", ["p.parquet", "p.jsonl", "directory"])
+def test_verls_layout_is_read_by_dotted_columns(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, name: str
+) -> None:
+    path = tmp_path / name
+    write_rows(path / "train-00000-of-00001.parquet" if name == "directory" else path, [VERL])
+    config = DataConfig(
+        answer_column="reward_model.ground_truth",
+        id_column="extra_info.index",
+        teacher_column="data_source",
+    )
+    found = load_prompts(path, config, tokenizer, ("", "math_dapo"))
+    assert found.prompts == (Prompt("x-1", (1, 3, 4, 2), "34", "math_dapo"),)
+
+
+def test_fields_that_parquet_adds_to_messages_do_not_reach_the_template(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    strict = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        chat_template="{% for m in messages %}{{ m | length }}{{ m.content }}{% endfor %}",
+    )
+    file = write(
+        tmp_path / "p.jsonl", {"prompt": [{"role": "user", "content": " one", "name": None}]}
+    )
+    assert load_prompts(file, DataConfig(), strict).prompts[0].token_ids == (0, 3)
+
+
+THINKING = "{{ '<assistant>' if enable_thinking is defined and not enable_thinking else 'two' }}"
+
+
+@pytest.mark.parametrize(("value", "ids"), [(None, (4,)), (True, (4,)), (False, (2,))])
+def test_thinking_is_switched_by_the_template(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, value: bool | None, ids: tuple[int, ...]
+) -> None:
+    thinking = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, chat_template=THINKING
+    )
+    file = write(tmp_path / "p.jsonl", {"prompt": [{"role": "user", "content": "one"}]})
+    config = DataConfig(enable_thinking=value)
+    assert load_prompts(file, config, thinking).prompts[0].token_ids == ids
+
+
+def test_a_template_without_thinking_refuses_the_switch(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    file = write(tmp_path / "p.jsonl", GOOD)
+    with pytest.raises(ConfigError, match=r"data\.enable_thinking: false, and the tokenizer"):
+        load_prompts(file, DataConfig(enable_thinking=False), tokenizer)
 
 
 def test_messages_need_a_chat_template(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
