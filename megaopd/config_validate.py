@@ -82,7 +82,8 @@ def validate(
         world_size: ranks of the run.
         student_arch, teacher_arch: architectures; given both, `validate_models` runs too.
         divergences: the names that loss.kind may take; None does not check it.
-        rewards: the names that eval.reward may take; None does not check it.
+        rewards: the names that eval.reward may take; None does not check it. A path.py:function is
+            the affair of whoever loads it.
         tools: the names that rollout.agent.tools may hold; None does not check them.
         environ: environment variables, which hold the keys of servers.
 
@@ -188,7 +189,8 @@ def _check_choices(
         ("eval.reward", config.eval.reward, rewards),
         *((f"rollout.agent.tools[{i}]", tool, tools) for i, tool in enumerate(asked)),
     ):
-        if names is not None and value not in names:
+        own_reward = key == "eval.reward" and ".py:" in value
+        if names is not None and value not in names and not own_reward:
             close = nearest(value, names)
             guess = f"did you mean {close}? " if close else ""
             raise ConfigError(key, f"no {value!r}", f"{guess}choose one of {', '.join(names)}")

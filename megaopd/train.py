@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
         print(USAGE, end="")
         return
     from megaopd.losses import DIVERGENCES
-    from megaopd.rewards import REWARDS
+    from megaopd.rewards import REWARDS, find_reward
     from megaopd.rollout.agent import TOOLS
 
     config = load(argv)
@@ -58,6 +58,7 @@ def main(argv: list[str]) -> None:
         rewards=tuple(REWARDS),
         tools=tuple(TOOLS),
     )
+    find_reward(config.eval.reward)  # says now what is wrong with one of the user's
     if config.rollout.kind == "sglang":
         _check_entry("rollout.sglang.sync", config.rollout.sglang.sync, TRANSPORTS)
     for name, teacher in teacher_configs(config).items():
@@ -259,14 +260,14 @@ def _evaluator(
 ) -> Callable[[RolloutEngine], EvalResult] | None:
     """Greedy accuracy of an engine on prompts, or None where there are none."""
     from megaopd.evaluation import evaluate
-    from megaopd.rewards import REWARDS
+    from megaopd.rewards import find_reward
 
     if not prompts:
         return None
     return partial(
         evaluate,
         prompts=prompts,
-        reward=REWARDS[config.eval.reward],
+        reward=find_reward(config.eval.reward),
         tokenizer=inputs.tokenizer,
         params=inputs.sampling,
     )

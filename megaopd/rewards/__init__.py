@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+from megaopd.config_schema import nearest
+from megaopd.errors import ConfigError
 from megaopd.protocols import Reward
-from megaopd.rewards.text_match import exact_match, first_line, zero
+from megaopd.rewards.math_answer import math_answer
+from megaopd.rewards.own import is_own, load_own
+from megaopd.rewards.reasoning import reasoning_gym
+from megaopd.rewards.text_match import exact_match, first_line, gsm8k, marked, zero
 
 REWARDS: dict[str, Reward] = {
+    "math": math_answer,
+    "gsm8k": gsm8k,
     "exact_match": exact_match,
     "first_line": first_line,
+    "format": marked,
+    "reasoning_gym": reasoning_gym,
     "zero": zero,
 }
+
+
+def find_reward(name: str, key: str = "eval.reward") -> Reward:
+    """The reward of a name: an entry of `REWARDS`, or the user's own, ``path.py:function``.
+
+    Args:
+        key: the configuration's, for the message.
+
+    Raises:
+        ConfigError: there is none, or the user's cannot be loaded.
+    """
+    if is_own(name):
+        return load_own(name, key)
+    if name not in REWARDS:
+        close = nearest(name, REWARDS)
+        guess = f"did you mean {close}? " if close else ""
+        raise ConfigError(
+            key, f"no {name!r}", f"{guess}choose one of {', '.join(REWARDS)} or path.py:function"
+        )
+    return REWARDS[name]

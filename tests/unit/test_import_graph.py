@@ -53,6 +53,9 @@ ONLY_IMPORTERS = {
     "transformers": ("data", "models", "rollout", "convert.logits", "train"),
     "safetensors": ("weight_sync.disk",),
     "wandb": ("metrics",),
+    "pyarrow": ("data",),
+    "math_verify": ("rewards.sandbox_worker",),
+    "reasoning_gym": ("rewards.sandbox_worker",),
     "tests": (),
     "tools": (),
 }
@@ -62,7 +65,7 @@ LIGHT = {
     "config": ("torch", "megatron", "transformers"),
     "data.packing": ("megatron", "transformers"),
     "losses": ("megatron", "transformers"),
-    "rewards": ("megatron", "transformers"),
+    "rewards": ("megatron", "transformers", "sympy", "math_verify"),
     "models.mapping": ("megatron", "transformers"),
     "trainer": ("megatron", "transformers"),
     "train": ("megatron", "transformers"),
