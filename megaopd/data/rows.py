@@ -49,9 +49,12 @@ class Row:
     def error(self, found: str, remedy: str) -> DataError:
         return DataError(self.where, found, remedy)
 
-    def missing(self, column: str, remedy: str) -> DataError:
+    def missing(self, column: str, remedy: str, others: str = "") -> DataError:
+        """What to raise where a column is missing, and `others` (as ", nor b") are too."""
+        if column in self.values:
+            return self.error(f"column {column!r} is null{others}", remedy)
         columns = ", ".join(self.values) or "none"
-        return self.error(f"no column {column!r}; it has {columns}", remedy)
+        return self.error(f"no column {column!r}{others}; it has {columns}", remedy)
 
 
 def _lookup(values: Mapping[str, Any], column: str) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from megaopd.data.answers import hash_number, last_boxed
 from megaopd.data.rows import Row, excerpt
@@ -94,20 +93,25 @@ def bare(text: str) -> str:
     return text
 
 
-def _column(row: Row, names: tuple[str, ...], kind: str) -> tuple[str, Any]:
-    """The first of the columns that the row has, and its value."""
-    for name in names:
-        value = row.get(name)
-        if value is not None:
-            return name, value
-    raise row.missing(names[0], f"read are {' | '.join(names)}; is this {kind}?")
+def text(row: Row, *columns: str) -> str:
+    """The text in the first of the columns that the row has, without blanks around it.
 
-
-def _text(row: Row, names: tuple[str, ...], kind: str) -> str:
-    name, value = _column(row, names, kind)
+    Raises:
+        DataError: it has none of them, or something else is in it.
+    """
+    column = _first(row, columns)
+    value = row.get(column)
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
-        raise row.error(f"column {name!r} holds {excerpt(value)}", "expected text")
+        raise row.error(f"column {column!r} holds {excerpt(value)}", "expected text")
     return str(value).strip()
+
+
+def _first(row: Row, columns: tuple[str, ...]) -> str:
+    for column in columns:
+        if row.has(column):
+            return column
+    others = f", nor {' or '.join(columns[1:])}" if columns[1:] else ""
+    raise row.missing(columns[0], "see the layouts in --help, or name the column", others)
 
 
 def _example_id(row: Row, *names: str) -> str | None:
@@ -118,10 +122,15 @@ def _example_id(row: Row, *names: str) -> str | None:
     return None
 
 
+def _source(row: Row) -> str | None:
+    value = row.get("data_source")
+    return value if isinstance(value, str) and value else None
+
+
 def _gsm8k(row: Row, columns: Columns) -> Example:
-    question = _text(row, (columns.prompt or "question",), "GSM8K")
+    question = text(row, columns.prompt or "question")
     name = columns.answer or "answer"
-    solution = _text(row, (name,), "GSM8K")
+    solution = text(row, name)
     answer = hash_number(solution)
     if answer is None:
         raise row.error(
@@ -132,20 +141,23 @@ def _gsm8k(row: Row, columns: Columns) -> Example:
 
 
 def _math500(row: Row, columns: Columns) -> Example:
-    problem = _text(row, (columns.prompt or "problem",), "MATH")
+    problem = text(row, columns.prompt or "problem")
     example_id = _example_id(row, "unique_id")
     if columns.answer or row.has("answer"):
-        answer = _text(row, (columns.answer or "answer",), "MATH")
+        answer = text(row, columns.answer or "answer")
     else:
-        answer = _boxed(row, "solution", "MATH")
+        answer = _boxed(row)
     return Example(problem, answer, example_id)
 
 
-def _boxed(row: Row, column: str, kind: str) -> str:
-    answer = last_boxed(_text(row, ("answer", column), kind))
+def _boxed(row: Row) -> str:
+    """The answer in a solution, of layouts that have none beside it."""
+    if not row.has("solution"):
+        raise row.missing("answer", "name the column (--answer-column)", ", nor solution")
+    answer = last_boxed(text(row, "solution"))
     if not answer:
         raise row.error(
-            f"column {column!r} has no \\boxed answer, and there is no column 'answer'",
+            "column 'solution' has no \\boxed answer, and there is no column 'answer'",
             "give one of the two",
         )
     return answer
@@ -158,16 +170,16 @@ _AIME_ANSWER = re.compile(r"\$?(?:\\boxed\{)?0*(\d{1,3})(?:\.0+)?(?:\^\{?\\circ\
 def _aime(row: Row, columns: Columns) -> Example:
     example_id = _example_id(row, "id", "ID", "problem_idx", "extra_info.index")
     if columns.prompt:
-        problem = _text(row, (columns.prompt,), "AIME")
+        problem = text(row, columns.prompt)
     elif isinstance(row.get("prompt"), list):
         problem = _last_user(row, "prompt")
     else:
-        problem = _text(row, ("problem", "Problem", "question", "prompt"), "AIME")
+        problem = text(row, "problem", "Problem", "question", "prompt")
     names = ("answer", "Answer", "reward_model.ground_truth")
     if columns.answer or any(row.has(name) for name in names):
-        answer = _text(row, (columns.answer,) if columns.answer else names, "AIME")
+        answer = text(row, *([columns.answer] if columns.answer else names))
     else:
-        answer = _boxed(row, "solution", "AIME")
+        answer = _boxed(row)
     found = _AIME_ANSWER.fullmatch(answer)
     if found is None:
         raise row.error(
@@ -183,15 +195,15 @@ def _dapo_math(row: Row, columns: Columns) -> Example:
     if isinstance(row.get(name), list):
         problem = _last_user(row, name)
     else:
-        problem = _text(row, (name,), "DAPO-Math-17k")
+        problem = text(row, name)
     names = (
         (columns.answer,) if columns.answer else ("reward_model.ground_truth", "solution", "answer")
     )
     return Example(
         bare(problem),
-        _text(row, names, "DAPO-Math-17k"),
+        text(row, *names),
         _example_id(row, "extra_info.index"),
-        row.get("data_source"),
+        _source(row),
     )
 
 
@@ -225,10 +237,8 @@ def conversation(row: Row, column: str) -> list[Message]:
     messages = []
     for index, message in enumerate(value):
         known = message if isinstance(message, dict) else {}
-        role, content = (
-            known.get("role", known.get("from")),
-            known.get("content", known.get("value")),
-        )
+        role, content = known.get("role") or known.get("from"), known.get("content")
+        content = known.get("value") if content is None else content
         if not isinstance(role, str) or not isinstance(content, str):
             raise row.error(
                 f"column {column!r}, message {index + 1}: {excerpt(message)}",
@@ -239,11 +249,9 @@ def conversation(row: Row, column: str) -> list[Message]:
 
 
 def _messages(row: Row, columns: Columns) -> Example:
-    name, _ = _column(
-        row,
-        (columns.prompt,) if columns.prompt else ("messages", "conversations", "prompt"),
-        "messages",
-    )
+    name = columns.prompt or _first(row, ("messages", "conversations", "prompt"))
+    if not row.has(name):
+        raise row.missing(name, "name another (--prompt-column)")
     messages = conversation(row, name)
     last = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
     if not any(message["role"] == "user" for message in messages):
@@ -252,9 +260,9 @@ def _messages(row: Row, columns: Columns) -> Example:
         )
     names = ("answer", "reward_model.ground_truth")
     if columns.answer or any(row.has(n) for n in names):
-        last = _text(row, (columns.answer,) if columns.answer else names, "messages")
+        last = text(row, *([columns.answer] if columns.answer else names))
     example_id = _example_id(row, "id", "uuid", "extra_info.index")
-    return Example(messages, last, example_id, row.get("data_source"))
+    return Example(messages, last, example_id, _source(row))
 
 
 _VERL = "data_source, prompt (messages), reward_model.ground_truth, extra_info.index"

@@ -25,7 +25,7 @@ from megaopd.logger import get_logger
 _WORKER = Path(__file__).with_name("sandbox_worker.py")
 # What a worker needs of the environment; keys and tokens of this process stay out of it.
 _ENVIRONMENT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "LANG", "LC_ALL", "TMPDIR")
-_START_S = 120.0
+_START_S = 300.0
 
 logger = get_logger(__name__)
 
@@ -118,7 +118,14 @@ class Sandbox:
         why = f"ended its worker (status {status})"
         if status == -signal.SIGPROF or not patient:
             why = f"took more than {self.cpu_s:g} s of CPU time"
-        logger.warning("a check of the reward %s %s and scores 0", self.name, why)
+        # A model that learns to hang the checks would fill the log otherwise.
+        if self.num_ended & (self.num_ended - 1) == 0:
+            logger.warning(
+                "a check of the reward %s %s and scores 0; so far there were %d such",
+                self.name,
+                why,
+                self.num_ended,
+            )
         return {}
 
     def _exchange(self, request: bytes) -> bytes:

@@ -442,6 +442,8 @@ def _valid(conf: Path, *words: str) -> Config:
 def test_a_sound_configuration_passes(conf: Path) -> None:
     validate(_valid(conf), 3, Arch(), Arch(), divergences={"reverse_kl"}, rewards={"exact_match"})
     validate(_valid(conf), 12)  # 4 data-parallel ranks, 8 samples
+    # A function of the user's is looked for when it is loaded.
+    validate(_valid(conf, "eval.reward='my.py:score'"), 3, rewards={"exact_match"})
 
 
 @pytest.mark.parametrize(

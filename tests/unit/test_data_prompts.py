@@ -297,6 +297,16 @@ def test_a_stream_resumes_where_it_was(num: int) -> None:
     assert draw(late, num, 4) == expected
 
 
+def test_the_order_of_an_epoch_does_not_depend_on_the_way_there() -> None:
+    orders = []
+    for num in (1, 2, 5, 10):
+        stream = PromptStream(PROMPTS, seed=9)
+        orders.append(flat(draw(stream, num, 30 // num))[20:])
+    late = PromptStream(PROMPTS, seed=9)
+    late.load_state_dict(late.state_dict() | {"epoch": 2})
+    assert orders == [flat(draw(late, 10, 1))] * 4
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
