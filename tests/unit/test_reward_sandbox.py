@@ -73,6 +73,15 @@ def test_the_worker_has_none_of_our_secrets(sandbox: Sandbox) -> None:
     }  # fmt: skip
 
 
+def test_the_memory_and_files_of_the_worker_are_bounded(sandbox: Sandbox) -> None:
+    sandbox.score(*HALF)
+    limits = Path(f"/proc/{pid_of(sandbox)}/limits").read_text().splitlines()
+    soft = {line[:26].strip(): line[26:].split()[0] for line in limits}
+    assert soft["Max address space"] == str(4 << 30)
+    assert soft["Max file size"] == "0"
+    assert soft["Max core file size"] == "0"
+
+
 def test_a_text_that_is_too_long_is_not_read() -> None:
     sandbox = Sandbox("math", max_chars=10)
     assert sandbox.score("1" * 11, "1" * 11) == 0
@@ -181,29 +190,18 @@ def test_hostile_answers_score_0_in_bounded_time(sandbox: Sandbox, text: str) ->
 
 
 @pytest.mark.slow
-def test_memory_is_bounded() -> None:
-    sandbox = Sandbox("math", cpu_s=20, memory_bytes=1 << 30)
-    assert sandbox.score("10^{10^{9}}", "42") == 0
-    assert sandbox.score(*HALF) == 1
-    sandbox.close()
-
-
-@pytest.mark.slow
-def test_tasks_that_evaluate_answers_evaluate_no_code(tmp_path: Path) -> None:
+def test_a_task_that_evaluates_answers_evaluates_no_code(tmp_path: Path) -> None:
     pytest.importorskip("reasoning_gym")
-    entry = (
-        '{"task": "number_sorting", "answer": "[\\"1\\", \\"2\\"]", "metadata": {}}',
-        '{"task": "binary_matrix", "answer": "0 1\\n1 0", "metadata": {}}',
-        '{"task": "string_insertion", "answer": "AB", "metadata": {}}',
-    )
-    sandbox = Sandbox("reasoning_gym")
+    entry = '{"task": "binary_matrix", "answer": "0 1\\n1 0", "metadata": {}}'
     mark = tmp_path / "mark"
-    for known in entry:
-        assert sandbox.score(f"__import__('os').system('touch {mark}')", known) < 0.5
-        assert sandbox.score(f"[open({str(mark)!r}, 'w')]", known) < 0.5
-    assert not mark.exists()
+    attack = f"[[open({str(mark)!r}, 'w').close()]]"
+    sandbox = Sandbox("reasoning_gym")
+    assert sandbox.score(attack, entry) == 0
+    # What the task asks `eval` for is literals, and those it gets.
+    assert sandbox.score("[[0, 1], [1, 0]]", entry) == 0.1
     assert sandbox.num_ended == 0
-    # The attack is one: without the guard the same scorer runs it.
-    reach = "[[int(c) for c in '0']]"
-    assert sandbox.score(reach, entry[1]) < 0.5
     sandbox.close()
+    assert not mark.exists()
+    # It is an attack: the task itself runs it.
+    sandbox_worker.reasoning_scorer()(attack, entry)
+    assert mark.exists()

@@ -75,7 +75,7 @@ SCORES = {
     "reasoning_gym": [
         ("so <answer>7</answer>", CHAIN_SUM, 1),
         ("<answer>8</answer><answer>7</answer>", CHAIN_SUM, 1),
-        ("<answer>8</answer>", CHAIN_SUM, 0.01),
+        ("<answer>8</answer>", CHAIN_SUM, 0),
         ("7", CHAIN_SUM, 0),
         ("<think><answer>7</answer>", CHAIN_SUM, 0),
     ],
