@@ -53,7 +53,7 @@ class Sandbox:
         name: str,
         *,
         cpu_s: float = 3.0,
-        memory_bytes: int = 4 << 30,
+        memory_bytes: int = 2 << 30,
         max_chars: int = 4096,
         patience: float = 12.0,
         max_checks: int = 50_000,

@@ -77,7 +77,7 @@ def test_the_memory_and_files_of_the_worker_are_bounded(sandbox: Sandbox) -> Non
     sandbox.score(*HALF)
     limits = Path(f"/proc/{pid_of(sandbox)}/limits").read_text().splitlines()
     soft = {line[:26].strip(): line[26:].split()[0] for line in limits}
-    assert soft["Max address space"] == str(4 << 30)
+    assert soft["Max address space"] == str(2 << 30)
     assert soft["Max file size"] == "0"
     assert soft["Max core file size"] == "0"
 
