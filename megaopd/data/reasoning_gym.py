@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from megaopd.protocols import Reward
 
 INSTRUCTION = "tags"
+_REMEDY = "leave the task out, or list such problems (--on-bad drop)"
 
 
 def load() -> Any:
@@ -71,8 +72,9 @@ def generate(
 ) -> Iterator[tuple[Row, Example | DataError]]:
     """The problems of every task, from `seed`; the same seed gives the same problems.
 
-    A problem whose own answer does not get full marks, from the JSON that is written, is a
-    `DataError`: its rewards could not be trusted.
+    A problem whose own answer does not get full marks from the JSON that is written is a
+    `DataError`: its rewards could not be trusted. So is one that has no answer of its own and
+    changes as JSON.
 
     Args:
         reward: scores (response, answer) as the reward `reasoning_gym` does.
@@ -106,8 +108,17 @@ def _example(row: Row, task: str, index: int, reward: Reward) -> Example:
     try:
         answer = json.dumps(known, ensure_ascii=False)
     except (TypeError, ValueError) as error:
-        raise row.error(f"what it knows is not JSON ({error})", "leave the task out") from error
-    score = reward(f"<answer>{entry['answer']}</answer>", answer)
-    if score < 1:
-        raise row.error(f"its own answer scores {score:g}, not 1", "leave the task out")
+        raise row.error(f"what it knows is not JSON ({error})", _REMEDY) from error
+    if entry["answer"] is not None:
+        score = reward(f"<answer>{entry['answer']}</answer>", answer)
+        if score < 1:
+            raise row.error(f"its own answer scores {score:g}, not 1", _REMEDY)
+    elif _scored(json.loads(answer)["metadata"]) != _scored(entry["metadata"]):
+        # A task with many right answers names none; then nothing may be lost on the way.
+        raise row.error("what it knows is another thing as JSON, and it has no answer", _REMEDY)
     return Example(entry["question"], answer, f"{task}-{index}", task)
+
+
+def _scored(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What scoring may look at: all but the record of how hard the problem was made."""
+    return {key: value for key, value in metadata.items() if key != "difficulty"}

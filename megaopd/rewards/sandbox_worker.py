@@ -31,7 +31,21 @@ PR_SET_PDEATHSIG = 1
 # variables of one letter, elementary functions.
 _ARITHMETIC = frozenset(
     ("Integer", "Float", "Rational", "Symbol", "Function", *string.ascii_letters, "pi")
-) | {"sqrt", "exp", "log", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh"}
+) | {
+    "Integral",
+    "sqrt",
+    "exp",
+    "log",
+    "sin",
+    "cos",
+    "tan",
+    "asin",
+    "acos",
+    "atan",
+    "sinh",
+    "cosh",
+    "tanh",
+}
 # What sympy's parser runs before it evaluates an expression, be it a number's digits.
 _PARSER_NAMESPACE = compile("from sympy import *", "<string>", "exec")
 # Audit events that end in a refusal: writing files, other processes, connections, foreign code.
