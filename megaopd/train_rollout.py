@@ -176,6 +176,7 @@ def teacher_engine(
     from megaopd.models.build import DTYPES
     from megaopd.models.families import hf_shapes
     from megaopd.rollout.embedded import EmbeddedEngine
+    from megaopd.storage.steps import hf_directory
 
     path = own.path or config.student.path
     source = open_weights(path)
@@ -189,7 +190,7 @@ def teacher_engine(
         rank=groups.rank,
         world_size=groups.world_size,
     )
-    names = hf_shapes(read_arch(path))
+    names = hf_shapes(read_arch(hf_directory(path)))
     engine.load_weights(((name, source.read(name)) for name in names), version=0)
     return engine
 
@@ -235,15 +236,19 @@ def _fleet(config: Config, groups: ParallelGroups) -> ServerFleet:
     from megaopd.rollout.sglang.flags import ServerSpec
     from megaopd.rollout.sglang.fleet import ServerFleet
     from megaopd.rollout.sglang.server import SGLangServer
+    from megaopd.storage.steps import hf_directory
 
     servers = config.rollout.sglang
     # Beside the trainer's ranks of this host, or on the same devices.
     first_gpu = 0 if servers.colocated else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if groups.device.type == "cuda":
         _check_gpus(servers, first_gpu)
+    # The weights of a Megatron checkpoint arrive like those of every step, before a first request.
+    model = hf_directory(config.student.path)
     specs = [
         ServerSpec(
-            model_path=config.student.path,
+            model_path=str(model),
+            has_weights=model == Path(config.student.path),
             python=servers.python or sys.executable,
             device=groups.device.type,
             dtype=config.student.dtype,

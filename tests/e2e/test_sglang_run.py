@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megaopd.convert.to_megatron import convert_to_megatron
 from megaopd.rollout.sglang.server import SGLangServer
 from tests.helpers.runs import make_run, metrics_of, run_training, torchrun_training
 from tests.helpers.sglang import make_fleet, sglang_python
@@ -94,8 +95,11 @@ def embedded(directory: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def on_policy(directory: Path) -> Path:
-    recording = directory / "rollouts.jsonl"
-    return train(directory, "on_policy", *launch(), f"rollout.record={recording}")[0]
+    """Its student, and with it the server, starts from a Megatron checkpoint."""
+    recording, checkpoint = directory / "rollouts.jsonl", directory / "megatron"
+    convert_to_megatron(directory / "student", checkpoint)
+    words = (f"student.path={checkpoint}", f"rollout.record={recording}")
+    return train(directory, "on_policy", *launch(), *words)[0]
 
 
 def test_the_figures_are_those_of_the_embedded_engine(embedded: Path, on_policy: Path) -> None:

@@ -27,6 +27,7 @@ class ServerSpec:
 
     Attributes:
         model_path: Hugging Face directory, with the weights that it starts from.
+        has_weights: whether there are any; without them it starts from random numbers.
         host: the address that it listens on, loopback or of a private interface.
         device: "cuda" or "cpu".
         dtype: "fp32" or "bf16", of weights and activations.
@@ -48,6 +49,7 @@ class ServerSpec:
     colocated: bool = False
     seed: int = 0
     args: tuple[str, ...] = ()
+    has_weights: bool = True
 
 
 def check_args(args: Sequence[str]) -> None:
@@ -76,6 +78,8 @@ def server_options(spec: ServerSpec, port: int) -> list[Option]:
         # Else every event of a stream repeats all tokens before it.
         [["--incremental-streaming-output"], ["--stream-output"], []],
     ]
+    if not spec.has_weights:
+        common.append([["--load-format", "dummy"]])
     return common + DEVICE_OPTIONS[spec.device](spec)
 
 
