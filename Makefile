@@ -1,4 +1,7 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
+
+# The two environments of `make test` are installed side by side.
+MAKEFLAGS += --jobs=2
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

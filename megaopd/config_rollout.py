@@ -27,8 +27,8 @@ class SGLangConfig:
     """Environment variable of the key for weight updates and the like; where it is not set, servers
     that we start get a random one, and those given by URL are asked with the other key."""
     max_tokens_in_flight: int = 0
-    """Most prompt and response tokens that a server is asked for at one time; 0 is the server's own
-    capacity."""
+    """Most prompt and response tokens that a server is asked for at one time; 0 is four times its
+    KV cache, for it queues what does not fit and few responses are as long as they may be."""
     progress_timeout_s: float = 30.0
     """A request without a new token for so long is given up: its server hangs."""
     health_interval_s: float = 3.0

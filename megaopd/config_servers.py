@@ -3,7 +3,10 @@ what they may be combined with."""
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -11,7 +14,17 @@ from urllib.parse import urlsplit
 from megaopd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megaopd.config import Config, RolloutConfig, TeacherConfig
+    from megaopd.config import Config, RolloutConfig, SGLangConfig, TeacherConfig
+
+# Flags of sglang.launch_server that the run gives by itself -> what to do about it.
+_OUR_FLAGS = {
+    **dict.fromkeys(("--model-path", "--model"), "set student.path"),
+    **dict.fromkeys(("--tp-size", "--tensor-parallel-size", "--tp"), "set rollout.sglang.tensor"),
+    "--host": "set rollout.sglang.host",
+    "--port": "leave it out: every server gets a free one",
+    "--api-key": "put the key into the variable that rollout.sglang.api_key_env names",
+    "--admin-api-key": "put the key into the variable that rollout.sglang.admin_key_env names",
+}
 
 
 def check_rollout_servers(config: Config, environ: Mapping[str, str]) -> None:
@@ -27,6 +40,7 @@ def check_rollout_servers(config: Config, environ: Mapping[str, str]) -> None:
     if rollout.kind == "sglang":
         _check_source(rollout)
         _check_host(rollout.sglang.host)
+        _check_args(rollout.sglang.args)
         check_urls("rollout.urls", rollout.urls, rollout.sglang.api_key_env, environ)
     elif rollout.launch or rollout.urls:
         key = "rollout.launch" if rollout.launch else "rollout.urls"
@@ -54,6 +68,42 @@ def check_rollout_servers(config: Config, environ: Mapping[str, str]) -> None:
                 "distributed with rollout.sglang.colocated: NCCL joins no two processes of one GPU",
                 "set rollout.sglang.sync=tensor",
             )
+
+
+def check_local(rollout: RolloutConfig, environ: Mapping[str, str] = os.environ) -> None:
+    """Checks what the servers need on this host: a directory for weights, an interpreter. Only rank
+    0 starts servers and writes for them, so the other ranks need neither.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    if rollout.kind != "sglang" or environ.get("RANK", "0") != "0":
+        return
+    servers = rollout.sglang
+    if servers.sync == "disk" and not _is_writable(servers.sync_dir):
+        raise ConfigError(
+            "rollout.sglang.sync_dir",
+            f"{servers.sync_dir} is no directory that can be written",
+            "name one that the trainer and the servers see, or set rollout.sglang.sync=distributed",
+        )
+    if rollout.launch:
+        _check_interpreter(servers)
+
+
+def _check_interpreter(servers: SGLangConfig) -> None:
+    if servers.python:
+        found = "" if shutil.which(servers.python) else f"{servers.python} cannot be run"
+    else:
+        has_sglang = importlib.util.find_spec("sglang") is not None
+        found = "" if has_sglang else "not set, and this interpreter has no sglang"
+    if found:
+        raise ConfigError(
+            "rollout.sglang.python", found, "name the interpreter of an environment that has sglang"
+        )
+
+
+def _is_writable(directory: str) -> bool:
+    return os.path.isdir(directory) and os.access(directory, os.W_OK | os.X_OK)
 
 
 def check_teacher_servers(key: str, teacher: TeacherConfig, environ: Mapping[str, str]) -> None:
@@ -100,6 +150,13 @@ def _check_host(host: str) -> None:
         )
 
 
+def _check_args(args: Sequence[str]) -> None:
+    for i, word in enumerate(args):
+        if remedy := _OUR_FLAGS.get(word.split("=")[0]):
+            found = f"{word.split('=')[0]}, which the run sets by itself"
+            raise ConfigError(f"rollout.sglang.args[{i}]", found, remedy)
+
+
 def check_urls(
     key: str, urls: Sequence[str], key_variable: str, environ: Mapping[str, str]
 ) -> None:
@@ -125,7 +182,7 @@ def check_urls(
         extra = parts.path.strip("/") or parts.query or parts.fragment
         if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or extra:
             raise ConfigError(where, f"found {url!r}", "write it as http://host:port")
-        if url in urls[:i]:
+        if url.rstrip("/").lower() in [other.rstrip("/").lower() for other in urls[:i]]:
             raise ConfigError(where, f"{url} is there twice", "name each server once")
         if not _is_loopback(parts.hostname) and not environ.get(key_variable):
             raise ConfigError(

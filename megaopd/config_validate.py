@@ -289,6 +289,12 @@ def _check_server_loss(config: Config, key: str, teacher: TeacherConfig) -> None
             "needs the whole distribution",
             f"set rollout.top_p=1 and rollout.top_k=0, or {key}.top_k=64",
         )
+    if teacher.top_k == 0 and rollout.temperature == 0:
+        raise ConfigError(
+            "rollout.temperature",
+            f"0, and {key}.top_k is 0: an estimate from sampled tokens needs samples",
+            f"set rollout.temperature=1, or {key}.top_k=64",
+        )
 
 
 def _check_sizes(config: Config, world_size: int) -> None:

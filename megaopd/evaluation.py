@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from megaopd.batch import Prompt, Sample, SamplingParams
-from megaopd.errors import DataError
+from megaopd.errors import DataError, RolloutError
 from megaopd.protocols import Reward, RolloutEngine
 
 
@@ -45,7 +45,8 @@ class EvalResult:
     """An evaluation, equal on every rank.
 
     Attributes:
-        accuracy: mean score over the responses, in [0, 1].
+        accuracy: mean score over the responses, in [0, 1]; prompts that the engine set aside have
+            none.
         records: one per response, ordered by prompt then index.
         mean_length: response tokens, the stop token included.
         truncated_fraction: responses that were cut at the length limit.
@@ -83,7 +84,7 @@ def evaluate(
 
     Raises:
         DataError: there are no prompts, or the reward needs an answer that a prompt lacks.
-        RolloutError: the engine cannot answer.
+        RolloutError: the engine cannot answer, or set every prompt aside.
     """
     if not prompts:
         raise DataError(
@@ -91,7 +92,15 @@ def evaluate(
         )
     if greedy:
         params = replace(params, temperature=0.0, n=1)
-    return EvalResult.of([_record(s, reward, tokenizer) for s in engine.generate(prompts, params)])
+    samples = engine.generate(prompts, params)
+    if not samples:
+        raise nothing_sampled("evaluation")
+    return EvalResult.of([_record(s, reward, tokenizer) for s in samples])
+
+
+def nothing_sampled(where: str) -> RolloutError:
+    """What ends a run whose engine has no sample of any prompt that it was asked for."""
+    return RolloutError(where, "the engine set every prompt aside", "look at its log for why")
 
 
 def _record(sample: Sample, reward: Reward, tokenizer: Decoder) -> EvalRecord:

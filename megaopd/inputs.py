@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from megaopd.batch import Prompt, SamplingParams
 from megaopd.config import Config, TeacherConfig, validate_models
+from megaopd.config_servers import check_local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,6 +66,7 @@ def read_inputs(config: Config) -> Inputs:
     from megaopd.rollout.recorded import RecordedEngine
     from megaopd.storage.steps import hf_directory
 
+    check_local(config.rollout)
     student = config.student.path
     # A teacher without a checkpoint has the student's weights.
     paths = {name: t.path or student for name, t in teacher_configs(config).items()}

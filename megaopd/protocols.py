@@ -29,8 +29,8 @@ class RolloutEngine(Protocol):
 
     Rollouts may be under way while another is asked for and while weights are loaded, which they
     either go on with (`Sample.token_versions`) or hold up. Results are asked for in the order of
-    the starts. An engine that shares the trainer's device takes its memory in `start` and gives it
-    back in `result`.
+    the starts, but for an evaluation's, which overtakes. An engine that shares the trainer's device
+    takes its memory in `start` and gives it back in `result`.
 
     Attributes:
         weight_version: of the weights that were loaded last.
@@ -138,7 +138,13 @@ class Student(Protocol):
 class WeightSync(Protocol):
     """Brings the student's weights into the rollout engine."""
 
-    def sync(self, student: Student, engine: RolloutEngine, version: int) -> None: ...
+    def sync(self, student: Student, engine: RolloutEngine, version: int) -> None:
+        """Collective. Afterwards the engine's samples are of these weights and carry `version`.
+
+        Raises:
+            RolloutError: on every rank alike: the engine cannot take them.
+        """
+        ...
 
 
 class Reward(Protocol):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Collection, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from megaopd.batch import Prompt, Sample
 from megaopd.config import Config, TeacherConfig, load, to_yaml, validate
 from megaopd.errors import ConfigError, NumericError, RolloutError, run_cli
 from megaopd.inputs import Inputs, read_inputs, teacher_configs
-from megaopd.train_rollout import ENGINES, TRANSPORTS, teacher_engine, weight_sync
+from megaopd.train_rollout import ENGINES, teacher_engine, weight_sync
 
 if TYPE_CHECKING:
     from megaopd.data.packing import Batching, Side
@@ -59,18 +59,25 @@ def main(argv: list[str]) -> None:
         tools=tuple(TOOLS),
     )
     find_reward(config.eval.reward)  # says now what is wrong with one of the user's
-    if config.rollout.kind == "sglang":
-        _check_entry("rollout.sglang.sync", config.rollout.sglang.sync, TRANSPORTS)
-    for name, teacher in teacher_configs(config).items():
-        _check_entry(f"teachers.{name}.kind" if name else "teacher.kind", teacher.kind, TEACHERS)
     train(config, read_inputs(config))
 
 
-def _check_entry(key: str, value: str, table: Collection[str]) -> None:
-    if value not in table:
-        raise ConfigError(key, f"no {value!r}", f"choose one of {', '.join(table)}")
+@contextmanager
+def _leaving_together() -> Iterator[None]:
+    """Ranks that fail alike leave together: torchrun ends all others as soon as one has left, and
+    rank 0 may still be writing the student, stopping servers or saying what went wrong."""
+    import torch.distributed as dist
+
+    try:
+        yield
+    except (NumericError, RolloutError):
+        if dist.is_initialized():
+            with suppress(RuntimeError):  # one of them died on its way here
+                dist.barrier()
+        raise
 
 
+@_leaving_together()
 def train(config: Config, inputs: Inputs) -> None:
     """Runs `config`; every rank of the world calls it.
 
@@ -98,8 +105,8 @@ def train(config: Config, inputs: Inputs) -> None:
     is_main = groups.rank == 0
     run_dir = Path(config.run.dir)
     if is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(to_yaml(config))
+        _open_run_dir(run_dir, config)
+    record = _recorder(config, is_main)
     logger.info(
         "%d training prompts (%d longer than data.max_prompt_tokens set aside), %d for evaluation",
         len(inputs.train_prompts),
@@ -134,7 +141,7 @@ def train(config: Config, inputs: Inputs) -> None:
             evaluate_greedy=_evaluator(config, inputs, inputs.eval_prompts),
             eval_prompts=inputs.eval_prompts,
             metrics=metrics,
-            record=_recorder(config, is_main),
+            record=record,
         )
         try:
             result = trainer.fit()
@@ -149,6 +156,21 @@ def train(config: Config, inputs: Inputs) -> None:
         summary = summarise(config, inputs, result, teacher_result, hf_export, dp_size)
         write_results(config, inputs, summary, result)
     parallel_groups.shutdown()
+
+
+def _open_run_dir(run_dir: Path, config: Config) -> None:
+    """Writes the configuration to where everything else will be.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(to_yaml(config))
+    except OSError as error:
+        raise ConfigError(
+            "run.dir", f"{run_dir} cannot be written ({error.strerror})", "choose another directory"
+        ) from error
 
 
 def _batching(

@@ -12,7 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megaopd.config import Config, TeacherConfig
+from megaopd.config import Config, SGLangConfig, TeacherConfig
+from megaopd.errors import ConfigError
 from megaopd.inputs import Inputs
 
 if TYPE_CHECKING:
@@ -73,17 +74,23 @@ def sglang_engine(config: Config, inputs: Inputs, groups: ParallelGroups) -> Rol
         api_key = os.environ.get(servers.api_key_env, "")
         admin_key = os.environ.get(servers.admin_key_env, "") or api_key
         endpoints = [Address(url.rstrip("/"), api_key, admin_key) for url in rollout.urls]
-    return SGLangEngine(
-        endpoints,
-        config=servers,
-        vocab_size=inputs.student_arch.vocab_size,
-        converse=conversation(config, inputs),
-        partial=rollout.partial,
-        transport=TRANSPORTS[servers.sync](config, groups),
-        restarter=fleet,
-        rank=groups.rank,
-        world_size=groups.world_size,
-    )
+    try:
+        return SGLangEngine(
+            endpoints,
+            config=servers,
+            vocab_size=inputs.student_arch.vocab_size,
+            converse=conversation(config, inputs),
+            partial=rollout.partial,
+            transport=TRANSPORTS[servers.sync](config, groups),
+            restarter=fleet,
+            rank=groups.rank,
+            world_size=groups.world_size,
+        )
+    except BaseException:
+        # Nobody else knows of them yet.
+        if fleet is not None:
+            fleet.stop()
+        raise
 
 
 def _transport(config: Config, carrier: Carrier) -> WeightTransport:
@@ -169,6 +176,7 @@ def teacher_engine(
     from megaopd.models.build import DTYPES
     from megaopd.models.families import hf_shapes
     from megaopd.rollout.embedded import EmbeddedEngine
+    from megaopd.storage.steps import hf_directory
 
     path = own.path or config.student.path
     source = open_weights(path)
@@ -182,7 +190,7 @@ def teacher_engine(
         rank=groups.rank,
         world_size=groups.world_size,
     )
-    names = hf_shapes(read_arch(path))
+    names = hf_shapes(read_arch(hf_directory(path)))
     engine.load_weights(((name, source.read(name)) for name in names), version=0)
     return engine
 
@@ -199,8 +207,14 @@ def _start_servers(config: Config, groups: ParallelGroups) -> ServerFleet | None
     fleet = _fleet(config, groups) if groups.rank == 0 else None
     with ThreadPoolExecutor(max_workers=1) as starter:
         start = starter.submit(fleet.start) if fleet else None
-        while not ranks.on_rank_0(lambda: start is not None and _is_done(start)):
-            pass
+        try:
+            while not ranks.on_rank_0(lambda: start is not None and _is_done(start)):
+                pass
+        except BaseException:
+            # Ctrl-C, say: who waits for a server is told that there is none any more.
+            if fleet is not None:
+                fleet.stop()
+            raise
     return fleet
 
 
@@ -214,16 +228,27 @@ def _is_done(start: Future[None]) -> bool:
 
 
 def _fleet(config: Config, groups: ParallelGroups) -> ServerFleet:
+    """The servers of this host, not started yet.
+
+    Raises:
+        ConfigError: there are not so many GPUs.
+    """
     from megaopd.rollout.sglang.flags import ServerSpec
     from megaopd.rollout.sglang.fleet import ServerFleet
     from megaopd.rollout.sglang.server import SGLangServer
+    from megaopd.storage.steps import hf_directory
 
     servers = config.rollout.sglang
     # Beside the trainer's ranks of this host, or on the same devices.
     first_gpu = 0 if servers.colocated else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if groups.device.type == "cuda":
+        _check_gpus(servers, first_gpu)
+    # The weights of a Megatron checkpoint arrive like those of every step, before a first request.
+    model = hf_directory(config.student.path)
     specs = [
         ServerSpec(
-            model_path=config.student.path,
+            model_path=str(model),
+            has_weights=model == Path(config.student.path),
             python=servers.python or sys.executable,
             device=groups.device.type,
             dtype=config.student.dtype,
@@ -248,3 +273,16 @@ def _fleet(config: Config, groups: ParallelGroups) -> ServerFleet:
         ],
         max_restarts=servers.max_restarts,
     )
+
+
+def _check_gpus(servers: SGLangConfig, first_gpu: int) -> None:
+    import torch
+
+    wanted, present = servers.num_servers * servers.tensor, torch.cuda.device_count()
+    if first_gpu + wanted > present:
+        raise ConfigError(
+            "rollout.sglang.num_servers",
+            f"{servers.num_servers} x rollout.sglang.tensor {servers.tensor} GPUs from number "
+            f"{first_gpu} on, and this host has {present}",
+            "start fewer servers or fewer ranks, or share the GPUs (rollout.sglang.colocated)",
+        )

@@ -13,7 +13,7 @@ from megaopd.config import Config
 from megaopd.data.packing import Batching
 from megaopd.data.prompts import PromptStream
 from megaopd.errors import NumericError, RolloutError
-from megaopd.evaluation import EvalResult
+from megaopd.evaluation import EvalResult, nothing_sampled
 from megaopd.logger import get_logger
 from megaopd.metrics import MetricsWriter, PhaseTimer
 from megaopd.protocols import (
@@ -178,22 +178,16 @@ class OPDTrainer:
         """How many updates older than the weights that they train the sampled tokens are.
 
         Raises:
-            RolloutError: a sample is older than `rollout.max_staleness`, or there is none.
+            RolloutError: a sample is older than `rollout.max_staleness` or newer than our weights,
+                or there is none.
         """
         if not samples:
-            raise RolloutError(
-                f"step {step}", "the engine set every prompt aside", "look at its log for why"
-            )
+            raise nothing_sampled(f"step {step}")
         version, bound = self.engine.weight_version, self.config.rollout.max_staleness
-        oldest = min(samples, key=lambda s: s.weight_version)
         # A recording holds what other weights sampled; its versions are those of its own run.
-        if version - oldest.weight_version > bound and self.config.rollout.kind != "recorded":
-            raise RolloutError(
-                f"sample {oldest.sample_id}",
-                f"weights of version {oldest.weight_version} sampled it, those of version "
-                f"{version} would train on it, and rollout.max_staleness is {bound}",
-                "a server missed a weight update: restart it",
-            )
+        if self.config.rollout.kind != "recorded":
+            for sample in samples:
+                _check_versions(sample, version, bound)
         behind = [version - v for s in samples for v in s.model_token_versions]
         return {
             "rollout/staleness_mean": sum(behind) / max(len(behind), 1),
@@ -211,6 +205,8 @@ class OPDTrainer:
             with self.student.off_device():
                 greedy = self.evaluate_greedy(self.engine)
                 samples = self.engine.generate(self.eval_prompts, sampling)
+            if not samples:
+                raise nothing_sampled(f"evaluation at step {step}")
             assignment = self.batching.assign(samples)
             micro_batches = self.batching.micro_batches(samples, assignment, self.rank)
             result = self.student.evaluate(micro_batches, self.teacher.score(samples))
@@ -224,6 +220,7 @@ class OPDTrainer:
                 **yardsticks,
                 "eval/response_tokens_mean": greedy.mean_length,
                 "eval/truncated_fraction": greedy.truncated_fraction,
+                "eval/set_aside": float(len(self.eval_prompts) - len(greedy.records)),
                 **timer.metrics(),
                 **timer.peak_memory(),
             },
@@ -279,3 +276,22 @@ class OPDTrainer:
                 f"last with samples {', '.join(ids[:8])}",
                 "lower optimizer.lr, or look at these samples and at the teacher's weights",
             )
+
+
+def _check_versions(sample: Sample, version: int, bound: int) -> None:
+    """Raises RolloutError unless weights of at most `bound` updates before `version` sampled it."""
+    versions = sample.model_token_versions or [version]
+    oldest, newest = min(versions), max(versions)
+    if version - oldest > bound:
+        raise RolloutError(
+            f"sample {sample.sample_id}",
+            f"weights of version {oldest} sampled it, those of version {version} would train on "
+            f"it, and rollout.max_staleness is {bound}",
+            "a server missed a weight update: restart it",
+        )
+    if newest > version:
+        raise RolloutError(
+            f"sample {sample.sample_id}",
+            f"weights of version {newest} sampled it, and ours are of version {version}",
+            "another run updates the same server: give this one servers of its own",
+        )

@@ -2,7 +2,8 @@
 
 Loads RUN/hf with plain transformers, generates greedily for the evaluation prompts, one at a time,
 and compares token by token with what the trained model answered in its evaluation
-(RUN/eval_after.jsonl). Writes `export_greedy_identical` and the counts into RUN/summary.json.
+(RUN/eval_after.jsonl). Conversations with tools are held anew, with the run's own tools. Writes
+`export_greedy_identical` and the counts into RUN/summary.json.
 
     python tools/check_export.py runs/demo [--prompts 32]
     python tools/check_export.py conf=demo_cpu run.dir=elsewhere    the run of these arguments
@@ -13,14 +14,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megaopd.batch import Completion, Prompt, SamplingParams
 from megaopd.config import load
 from megaopd.errors import CheckpointError, run_cli
+from megaopd.rollout.agent import Agent
+from megaopd.rollout.agent.batching import Request, hold_conversations
+from megaopd.rollout.conversation import single_turn
 
 
 def run_directory(words: list[str]) -> Path:
@@ -28,6 +34,33 @@ def run_directory(words: list[str]) -> Path:
     if len(words) == 1 and not words[0].startswith("conf="):
         return Path(words[0])
     return Path(load(words).run.dir)
+
+
+class Export:
+    """An exported model as plain transformers loads it, generating greedily."""
+
+    def __init__(self, directory: str, stop_token_ids: Sequence[int]) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
+        self._stop_token_ids = list(stop_token_ids)
+
+    def answer(self, requests: Sequence[Request]) -> list[Completion]:
+        """As `hold_conversations` asks; log-probabilities are left 0."""
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Request) -> Completion:
+        prompt = torch.tensor([request.token_ids])
+        output = self._model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=request.max_new_tokens,
+            eos_token_id=self._stop_token_ids,
+            pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+        )
+        ids = tuple(output[0, prompt.size(1) :].tolist())
+        reason = "stop" if ids[-1] in self._stop_token_ids else "length"
+        return Completion(ids, (0.0,) * len(ids), reason, (0,) * len(ids))
 
 
 def main(argv: list[str]) -> None:
@@ -53,20 +86,15 @@ def main(argv: list[str]) -> None:
         raise CheckpointError(str(run), "the run exported nothing", "run it with train.export=true")
     answers = [json.loads(line) for line in answers_path.read_text().splitlines()][: args.prompts]
 
-    tokenizer = AutoTokenizer.from_pretrained(summary["hf_export"])
-    model = AutoModelForCausalLM.from_pretrained(summary["hf_export"], dtype="auto").eval()
+    export = Export(summary["hf_export"], summary["stop_token_ids"])
+    tools = load([f"conf={run / 'config.yaml'}"]).rollout.agent
+    converse = Agent(tools, export.tokenizer) if tools else single_turn
+    params = SamplingParams(max_new_tokens=summary["max_new_tokens"], temperature=0.0)
     identical = 0
     for answer in tqdm(answers, desc="greedy generations of the export", unit="prompt"):
-        prompt = torch.tensor([answer["prompt_ids"]])
-        output = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            max_new_tokens=summary["max_new_tokens"],
-            eos_token_id=summary["stop_token_ids"],
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        )
-        identical += output[0, prompt.size(1) :].tolist() == answer["response_ids"]
+        prompt = Prompt(answer["prompt_id"], tuple(answer["prompt_ids"]))
+        (found,) = hold_conversations(converse, [(prompt, 0)], params, export.answer)
+        identical += list(found.ids) == answer["response_ids"]
 
     summary["export_greedy_identical"] = identical
     summary["export_greedy_compared"] = len(answers)

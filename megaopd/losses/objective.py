@@ -16,15 +16,15 @@ from torch import Tensor
 
 from megaopd.batch import HiddenSignal, PackedBatch, TeacherSignal, TokenSignal, TopKSignal
 from megaopd.config import LossConfig
-from megaopd.losses.signals.hidden import full_divergence
-from megaopd.losses.signals.sampled import sampled_divergence
+from megaopd.losses.signals.hidden import full_objective
+from megaopd.losses.signals.sampled import sampled_objective
 from megaopd.losses.signals.terms import LossRows, LossSettings, LossTerms
-from megaopd.losses.signals.top_k import top_k_divergence
+from megaopd.losses.signals.top_k import top_k_objective
 
 OBJECTIVES: dict[type, Callable[[LossSettings, LossRows, Any], LossTerms]] = {
-    HiddenSignal: full_divergence,
-    TopKSignal: top_k_divergence,
-    TokenSignal: sampled_divergence,
+    HiddenSignal: full_objective,
+    TopKSignal: top_k_objective,
+    TokenSignal: sampled_objective,
 }
 
 YARDSTICKS: dict[type, str] = {

@@ -44,7 +44,11 @@ class SampleRecorder:
             ) from error
 
     def record(self, step: int, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> None:
-        """Appends the samples of one step's prompts; they are on disk when the call returns."""
+        """Appends the samples of one step's prompts; they are in the file when the call returns.
+
+        Raises:
+            DataError: they cannot be written.
+        """
         answered = {sample.prompt.prompt_id for sample in samples}
         line = {
             "step": step,
@@ -52,8 +56,15 @@ class SampleRecorder:
             "set_aside": [p.prompt_id for p in prompts if p.prompt_id not in answered],
             "samples": [asdict(sample) for sample in samples],
         }
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise DataError(
+                str(self._path),
+                f"cannot be written ({error.strerror})",
+                "make room, or record less",
+            ) from error
 
 
 class RecordedEngine:

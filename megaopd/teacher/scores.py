@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megaopd.errors import RolloutError
 
+MAX_ID = 2**31 - 1
 # Room for the rounding of log-probabilities that a server sends: of one token named twice, in nats,
 # and of the mass of all tokens of a row.
 _SAME_TOKEN_TOLERANCE = 0.05
@@ -57,6 +58,9 @@ def read_scores(
 ) -> Scores:
     """Checks the answer to `score_body` and makes `Scores` of it.
 
+    Two lists that agree with each other are about the same places: a sampled token has one
+    log-probability in both, and one that is no candidate is no likelier than the candidates.
+
     Candidates at or past `vocab_size`, which the student does not have, are left out and the rest
     is normalised without them.
 
@@ -71,11 +75,15 @@ def read_scores(
 
     asked = list(token_ids[num_prompt - 1 :])
     meta = answer["meta_info"]
+    check(isinstance(meta, Mapping), "an answer without meta_info")
     counted = meta.get("prompt_tokens", len(token_ids))
     check(counted == len(token_ids), f"{counted} tokens counted where {len(token_ids)} were scored")
     logprobs, ids = _columns(meta.get("input_token_logprobs"), check)
     check(len(ids) == len(asked), f"log-probs of {len(ids)} tokens where {len(asked)} were asked")
-    check(ids == asked, "log-probs of other tokens than those that were sent")
+    # SGLang writes 0 for the vocabulary's last id, as for what is no text; the log-prob is its own.
+    last = vocab_size - 1
+    same = all(i == a or (i == 0 and a == last) for i, a in zip(ids, asked, strict=True))
+    check(same, "log-probs of other tokens than those that were sent")
     check(all(map(_is_finite, logprobs[1:])), "log-probs that are not finite numbers")
     logprobs_R = torch.tensor(logprobs[1:], dtype=torch.float32)
     empty = torch.zeros(len(logprobs_R), 0)
@@ -91,20 +99,27 @@ def read_scores(
         all(_is_finite(x) for values, _ in columns for x in values),
         "candidates with log-probs that are not finite numbers",
     )
+    check(
+        all(type(i) is int and 0 <= i <= MAX_ID for _, row_ids in columns for i in row_ids),
+        "candidates that are no token ids",
+    )
     ids_RK = torch.tensor([row_ids for _, row_ids in columns], dtype=torch.int32)
     top_RK = torch.tensor([values for values, _ in columns], dtype=torch.float32)
     ids_RK, top_RK = ids_RK.view(-1, top_k), top_RK.view(-1, top_k)
     ordered = ids_RK.sort(dim=1).values
     check(not (ordered[:, 1:] == ordered[:, :-1]).any(), "a candidate that is there twice")
-    check(not (ids_RK < 0).any(), "a negative token id")
     mass_R = top_RK.double().exp().sum(1)
     check(not (mass_R > 1 + _MASS_TOLERANCE).any(), "candidates of more than all probability")
-    # Rows that are off by one would not agree about the tokens that both lists hold.
-    sampled_R1 = torch.tensor(asked[1:], dtype=torch.int32)[:, None]
-    gap_RK = torch.where(ids_RK == sampled_R1, top_RK - logprobs_R[:, None], 0.0).abs()
+    is_sampled_RK = ids_RK == torch.tensor(asked[1:], dtype=torch.int32)[:, None]
+    gap_RK = torch.where(is_sampled_RK, top_RK - logprobs_R[:, None], 0.0).abs()
     check(
         not (gap_RK > _SAME_TOKEN_TOLERANCE).any(),
         "candidates whose log-probs are not those of the same tokens in the other list",
+    )
+    likelier_R = logprobs_R > top_RK.amin(dim=1) + _SAME_TOKEN_TOLERANCE
+    check(
+        not (likelier_R & ~is_sampled_RK.any(dim=1)).any(),
+        "a token that is likelier than candidates, and is none itself",
     )
     return Scores(logprobs_R, *_within(vocab_size, ids_RK, top_RK))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Protocol
 
@@ -16,6 +17,9 @@ Faults = dict[ServerClient, ServerFault]
 
 # How often a server that is waited for is looked at.
 WATCH_EVERY_S = 1.0
+# So long a server may take over one thing that it is told. Well below the time limit of the
+# trainer's collectives, in one of which the other ranks wait for the next bucket.
+ANSWER_TIMEOUT_S = 240.0
 
 
 class Carrier(Protocol):
@@ -25,16 +29,17 @@ class Carrier(Protocol):
 
     Attributes:
         bracketed: an update lies between `begin_update` and `end_update`.
-        max_bytes: the largest bucket that it takes, None if any.
     """
 
     @property
     def bracketed(self) -> bool: ...
-    @property
-    def max_bytes(self) -> int | None: ...
 
     async def open(self, pool: ServerPool, clients: Sequence[ServerClient]) -> Faults:
         """Prepares an update of these servers, which have begun it and sample nothing."""
+        ...
+
+    def max_bytes(self, clients: Sequence[ServerClient]) -> int | None:
+        """The largest bucket that these servers, for which it was opened, take; None if any."""
         ...
 
     async def carry(
@@ -61,21 +66,35 @@ async def each(
     clients: Iterable[ServerClient],
     ask: Callable[[ServerClient], Awaitable[object]],
 ) -> Faults:
-    """Asks all servers at the same time, and those that go down meanwhile no longer."""
+    """Asks all servers at the same time, and those that go down meanwhile no longer.
+
+    Raises:
+        RolloutError: a key is refused; all servers have been asked.
+    """
     asked = list(clients)
-    faults = await asyncio.gather(*(_ask(pool, client, ask) for client in asked))
-    return {c: fault for c, fault in zip(asked, faults, strict=True) if fault is not None}
+    asking = (_ask(pool, client, ask) for client in asked)
+    answers = await asyncio.gather(*asking, return_exceptions=True)
+    faults: Faults = {}
+    for client, answer in zip(asked, answers, strict=True):
+        if isinstance(answer, ServerFault):
+            faults[client] = answer
+        elif answer is not None:
+            raise answer
+    return faults
 
 
 async def _ask(
     pool: ServerPool, client: ServerClient, ask: Callable[[ServerClient], Awaitable[object]]
 ) -> ServerFault | None:
     task = asyncio.ensure_future(ask(client))
+    until = time.monotonic() + ANSWER_TIMEOUT_S
     try:
         while not (await asyncio.wait([task], timeout=WATCH_EVERY_S))[0]:
             # An update may take minutes, and a stopped server would be waited for so long.
             if client not in pool.up():
                 return ServerDown(f"{client.url}: it went down during the update")
+            if time.monotonic() > until:
+                return ServerDown(f"{client.url}: no answer within {ANSWER_TIMEOUT_S:g} s")
         task.result()
     except ServerFault as fault:
         return fault

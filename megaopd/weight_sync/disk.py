@@ -38,7 +38,6 @@ class DiskCarrier:
 
     # A disk update is a bracket by itself.
     bracketed = False
-    max_bytes = None
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
@@ -46,6 +45,9 @@ class DiskCarrier:
     async def open(self, pool: ServerPool, clients: Sequence[ServerClient]) -> Faults:
         await asyncio.to_thread(self._remove_orphans)
         return {}
+
+    def max_bytes(self, clients: Sequence[ServerClient]) -> int | None:
+        return None
 
     async def carry(
         self,

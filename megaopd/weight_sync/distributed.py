@@ -31,7 +31,7 @@ from megaopd.rollout.sglang.api import ServerDown, ServerFault, UpdateFailed
 from megaopd.rollout.sglang.client import ServerClient
 from megaopd.rollout.sglang.pool import ServerPool
 from megaopd.weight_sync.buckets import Bucket
-from megaopd.weight_sync.carrier import Faults, each
+from megaopd.weight_sync.carrier import ANSWER_TIMEOUT_S, Faults, each
 
 logger = get_logger(__name__)
 
@@ -40,7 +40,7 @@ T = TypeVar("T")
 # Connecting takes seconds; so long all wait for one that does not come.
 JOIN_TIMEOUT_S = 30.0
 # One bucket, from the request to the last tensor.
-BROADCAST_TIMEOUT_S = 300.0
+BROADCAST_TIMEOUT_S = ANSWER_TIMEOUT_S
 # A server notices by itself that a broadcast was given up.
 LEAVE_TIMEOUT_S = 30.0
 # A broadcast that is overdue is given up by us; NCCL's own way would end this process.
@@ -56,7 +56,6 @@ class DistributedCarrier:
     """
 
     bracketed = True
-    max_bytes = None
 
     def __init__(self, backend: Literal["nccl", "gloo"]) -> None:
         self._backend = backend
@@ -108,6 +107,9 @@ class DistributedCarrier:
         # Those that did join are in a group that will never work.
         await self._leave(pool, clients, name)
         return await self._without(pool, clients, faults, self.open)
+
+    def max_bytes(self, clients: Sequence[ServerClient]) -> int | None:
+        return None
 
     async def carry(
         self,

@@ -24,36 +24,47 @@ class ServerSync:
             RolloutError: on all ranks alike: servers are up, and none of them has the weights.
         """
         assert isinstance(engine, SGLangEngine)
-        engine.refresh = lambda: self._repair(student, engine, version, times=1)
+        engine.refresh = lambda: self._refresh(student, engine, version)
+        failure: NoServerTookWeights | None = None
+        for attempt in range(1 + REPAIRS):
+            if attempt and not self._repairable(engine):
+                break
+            failure = self._send(student, engine, version)
+        if failure is not None:
+            raise failure
+
+    def _refresh(self, student: Student, engine: SGLangEngine, version: int) -> None:
+        """Collective, while samples are waited for: sends the weights to the servers that came back
+        without them.
+
+        Raises:
+            NoServerTookWeights: on all ranks alike: none that is up has them, and none of these is
+                worth another attempt. One that is brought down meanwhile may come back once more.
+        """
+        if self._repairable(engine):
+            self._send(student, engine, version)
+        transport = _transport(engine)
+        if engine.ranks.broadcast(engine.ranks.rank == 0 and transport.hopeless(engine)):
+            raise NoServerTookWeights(
+                "weight sync",
+                f"no server that is up could be given version {version}",
+                "read their logs",
+            )
+
+    def _repairable(self, engine: SGLangEngine) -> bool:
+        rank_0 = engine.ranks.rank == 0
+        return bool(engine.ranks.broadcast(rank_0 and _transport(engine).repairable(engine)))
+
+    def _send(
+        self, student: Student, engine: SGLangEngine, version: int
+    ) -> NoServerTookWeights | None:
         try:
             engine.load_weights(student.export_weights(), version)
         except NoServerTookWeights as failure:
-            self._repair(student, engine, version, REPAIRS, failure)
-        else:
-            self._repair(student, engine, version, REPAIRS)
+            return failure
+        return None
 
-    def _repair(
-        self,
-        student: Student,
-        engine: SGLangEngine,
-        version: int,
-        times: int,
-        failure: NoServerTookWeights | None = None,
-    ) -> None:
-        """Collective: sends the weights again to the servers that lack them.
 
-        Raises:
-            NoServerTookWeights: on all ranks alike, as after `failure`.
-        """
-        for _ in range(times):
-            assert isinstance(engine.transport, ServerTransport)
-            rank_0 = engine.ranks.rank == 0
-            if not engine.ranks.broadcast(rank_0 and engine.transport.repairable(engine)):
-                break
-            try:
-                engine.load_weights(student.export_weights(), version)
-                failure = None
-            except NoServerTookWeights as error:
-                failure = error
-        if failure is not None:
-            raise failure
+def _transport(engine: SGLangEngine) -> ServerTransport:
+    assert isinstance(engine.transport, ServerTransport)
+    return engine.transport

@@ -26,7 +26,7 @@ from megaopd.rollout.sglang.pool import ServerPool
 from megaopd.weight_sync.buckets import Bucket, on_host
 from megaopd.weight_sync.carrier import Faults, each
 
-# A server's front end parses the request as a whole, and does not answer health checks meanwhile.
+# Of a request: a server's front end parses it as a whole, and answers no health check meanwhile.
 MAX_VALUE_BYTES = 64 << 20
 
 # In what torch makes of a CUDA tensor: the index of its device.
@@ -43,11 +43,20 @@ class TensorCarrier:
     bracketed = True
 
     def __init__(self, *, by_value: bool) -> None:
-        self.max_bytes = MAX_VALUE_BYTES if by_value else None
         self._by_value = by_value
+        self._sharing: frozenset[ServerClient] = frozenset()
 
     async def open(self, pool: ServerPool, clients: Sequence[ServerClient]) -> Faults:
+        if not self._by_value:
+            # In a thread: names of hosts are looked up.
+            sharing = await asyncio.to_thread(lambda: [c for c in clients if _shares_gpus(c)])
+            self._sharing = frozenset(sharing)
         return {}
+
+    def max_bytes(self, clients: Sequence[ServerClient]) -> int | None:
+        """See `Carrier`; by value a request holds a copy of the bucket for each rank."""
+        ranks = [c.capabilities.num_ranks for c in clients if c not in self._sharing]
+        return MAX_VALUE_BYTES // max(ranks) if ranks else None
 
     async def carry(
         self,
@@ -56,8 +65,7 @@ class TensorCarrier:
         clients: Sequence[ServerClient],
         version: int | None,
     ) -> Faults:
-        on_gpu = not self._by_value and bucket.tensors[0][1].is_cuda
-        sharing = [c for c in clients if on_gpu and _shares_gpus(c)]
+        sharing = self._sharing.intersection(clients)
         copied = "" if len(sharing) == len(clients) else await asyncio.to_thread(_value, bucket)
 
         async def update(client: ServerClient) -> None:

@@ -15,24 +15,31 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
 from megaopd.errors import RolloutError
 from megaopd.logger import get_logger
-from megaopd.rollout.sglang.api import UpdateFailed
+from megaopd.rollout.sglang.api import ServerDown, UpdateFailed
 from megaopd.rollout.sglang.client import ServerClient
 from megaopd.rollout.sglang.control import PauseMode
 from megaopd.rollout.sglang.engine import SGLangEngine
+from megaopd.rollout.sglang.pool import ServerPool
 from megaopd.weight_sync.buckets import Bucket, buckets
 from megaopd.weight_sync.carrier import Carrier, Faults, each
 from megaopd.weight_sync.checksum import Checksums, disagreement
 
 logger = get_logger(__name__)
 
+T = TypeVar("T")
+
 # Other ranks wait in a collective, which has a time limit: rank 0 gives a sign of life.
 SIGN_OF_LIFE_S = 60.0
+# The `version` of a client whose server is in the middle of an update. A server that goes down
+# meanwhile and comes back is given another one, however quickly it does.
+IN_UPDATE = -2
 # Times that one server is sent one version. The last ones go by the fallback.
 MAX_ATTEMPTS, BY_FALLBACK_FROM = 4, 2
 
@@ -105,11 +112,14 @@ class ServerTransport:
             NoServerTookWeights: on all ranks alike.
             RolloutError: on all ranks alike: a key is refused, a directory cannot be written.
         """
-        update = self._begin(engine, version)
+        rank_0 = engine.ranks.rank == 0
+        quiet = engine.submit(self._quiet(engine, version)) if rank_0 else None
+        update = self._wait_together(engine, quiet)
         if update is not None:
             self._stream(engine, update, weights)
         deque(weights, maxlen=0)  # on rank 0 it is at its end
-        engine.ranks.on_rank_0(lambda: self._end(engine, update))
+        end = engine.submit(self._end(engine, update)) if update is not None else None
+        self._wait_together(engine, end)
 
     def repairable(self, engine: SGLangEngine) -> bool:
         """Whether a server that is up lacks the published weights and is worth another attempt; on
@@ -118,17 +128,26 @@ class ServerTransport:
         version = engine.pool.version
         return version is not None and bool(self._missing(engine, version))
 
+    def hopeless(self, engine: SGLangEngine) -> bool:
+        """Whether no server that is up has the published weights and none is worth another
+        attempt; on rank 0."""
+        pool = engine.pool
+        assert pool is not None
+        return _nobody_has_them(pool) and not self.repairable(engine)
+
     def close(self, engine: SGLangEngine) -> None:
         """Gives up what is shared with servers; on rank 0."""
         if engine.pool is not None:
             with contextlib.suppress(RolloutError):
                 engine.run(self._carrier.close(engine.pool))
 
-    def _begin(self, engine: SGLangEngine, version: int) -> _Update | None:
-        """Collective: quiets the servers. The update on rank 0, None elsewhere."""
-        future: Future[_Update] | None = None
-        if engine.ranks.rank == 0:
-            future = engine.submit(self._quiet(engine, version))
+    def _wait_together(self, engine: SGLangEngine, future: Future[T] | None) -> T | None:
+        """Collective: waits for rank 0's work at the servers, which may take minutes: responses
+        that are waited for, checksums of a large model. Its result on rank 0, None elsewhere.
+
+        Raises:
+            RolloutError: on all ranks alike, as the work.
+        """
         while True:
             news: object = None
             if future is not None:
@@ -138,7 +157,6 @@ class ServerTransport:
                     news = "wait"
                 except RolloutError as error:
                     news = error
-            # Running responses may take long, where they are waited for.
             news = engine.ranks.broadcast(news)
             if isinstance(news, RolloutError):
                 raise news
@@ -151,16 +169,15 @@ class ServerTransport:
         is_repair = pool.version == version
         if is_repair:
             clients = self._missing(engine, version)
-            last = max((self._attempts[c][1] for c in clients if c in self._attempts), default=0)
-            carrier = self._carrier if last < BY_FALLBACK_FROM else self._fallback
+            times = max((self._times_sent(client, version) for client in clients), default=0)
+            carrier = self._carrier if times < BY_FALLBACK_FROM else self._fallback
         else:
             pool.hold()
             if not self._partial:
                 await pool.idle()
             clients, carrier = pool.up(), self._carrier
         for client in clients:
-            before, times = self._attempts.get(client, (version, 0))
-            self._attempts[client] = (version, times + 1 if before == version else 1)
+            self._attempts[client] = (version, self._times_sent(client, version) + 1)
         update = _Update(carrier, clients, version, is_repair)
         # What is retracted computes its keys and values anew under the new weights. Under
         # "in_place" those of the old weights stay, and tokens after them are of no weights at all.
@@ -172,20 +189,27 @@ class ServerTransport:
             update.faults |= await carrier.open(pool, update.good)
         except RolloutError as error:
             update.broken = error
+        for client in update.good:
+            client.version = IN_UPDATE
         if self._verify:
             update.checksums = Checksums()
         return update
 
     def _missing(self, engine: SGLangEngine, version: int) -> list[ServerClient]:
         assert engine.pool is not None
-        done = (version, MAX_ATTEMPTS)
-        return [c for c in engine.pool.stale() if self._attempts.get(c) != done]
+        stale = engine.pool.stale()
+        return [c for c in stale if self._times_sent(c, version) < MAX_ATTEMPTS]
+
+    def _times_sent(self, client: ServerClient, version: int) -> int:
+        last, times = self._attempts.get(client, (version, 0))
+        return times if last == version else 0
 
     def _stream(
         self, engine: SGLangEngine, update: _Update, weights: Iterator[tuple[str, Tensor]]
     ) -> None:
         """Rank 0: gathers all buckets, and sends them as long as somebody takes them."""
-        max_bytes = min(self._bucket_bytes, update.carrier.max_bytes or self._bucket_bytes)
+        limit = update.carrier.max_bytes(update.good)
+        max_bytes = min(self._bucket_bytes, limit or self._bucket_bytes)
         sent: Future[Faults] | None = None
         for bucket in buckets(weights, max_bytes):
             self._collect(update, sent)
@@ -208,14 +232,13 @@ class ServerTransport:
             except RolloutError as error:
                 update.broken = error
 
-    def _end(self, engine: SGLangEngine, update: _Update | None) -> None:
-        assert update is not None
-        engine.run(self._conclude(engine, update))
-        pool = engine.pool
-        assert pool is not None
+    async def _end(self, engine: SGLangEngine, update: _Update) -> None:
+        await self._conclude(engine, update)
         if update.broken is not None:
             raise update.broken
-        if pool.up() and len(pool.stale()) == len(pool.up()):
+        pool = engine.pool
+        assert pool is not None
+        if _nobody_has_them(pool):
             why = "; ".join(map(str, update.faults.values())) or "they came back meanwhile"
             raise NoServerTookWeights(
                 "weight sync", f"no server took version {update.version} ({why})", "read their logs"
@@ -233,6 +256,9 @@ class ServerTransport:
             await each(pool, [c for c in faults if c in pool.up()], lambda c: c.end_update())
         if update.checksums is not None:
             faults |= await self._check(engine, update)
+        for client in update.good:
+            if client.version != IN_UPDATE:
+                faults[client] = ServerDown(f"{client.url}: it was away during the update")
         for client, fault in faults.items():
             logger.warning("%s: did not take version %d: %s", client.url, update.version, fault)
             # Before it goes on: what it made of half an update must not become a sample.
@@ -267,6 +293,11 @@ class ServerTransport:
             *(update.version, len(update.clients) - len(faults), len(update.clients), elapsed_s),
         )
         return faults
+
+
+def _nobody_has_them(pool: ServerPool) -> bool:
+    """Whether servers are up, and all of them lack the published weights."""
+    return bool(pool.up()) and len(pool.stale()) == len(pool.up())
 
 
 async def _begin_update(client: ServerClient) -> None:

@@ -79,8 +79,13 @@ PACKINGS = {
     "budget": Packing(max_tokens=40),
     "all": Packing(micro_batch_size=8),
 }
+# Layouts of two ranks meet every family and every packing. Of four ranks, these meet them too; the
+# others one family ("untied") and one packing ("three").
+ALL_FAMILIES = (*TWO_RANKS, "tp4_sp", "pp4", "cp4", "tp2_sp_cp2")
+ALL_PACKINGS = (*TWO_RANKS, "dp4", "dp2_tp2", "dp2_cp2", "tp2_sp_cp2", "tp2_sp_pp2_vp2")
 RECOMPUTED = ("tp2_sp", "pp2_vp2", "cp2")
 TRAINED = ("tp2_sp", "pp2_vp2", "cp2", "dp2", "tp2_sp_cp2", "dp2_tp2")
+WITH_AN_IDLE_RANK = ("dp2", "dp4", "dp2_tp2", "dp2_cp2")
 NUM_STEPS = 20
 
 
@@ -262,24 +267,23 @@ def _record(rank: int, world_size: int, folder: Path) -> dict[str, list[float]]:
 
 
 def _run_layouts(
-    rank: int, world_size: int, folder: Path, layouts: dict[str, ParallelConfig], thorough: bool
+    rank: int, world_size: int, folder: Path, layouts: dict[str, ParallelConfig]
 ) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, parallel in layouts.items():
         with layout_in_place(folder, parallel) as bench:
-            packings = [*PACKINGS, "idle"] if thorough else ["three"]
-            if bench.groups.place.dp_size == 1 or parallel.virtual_pipeline > 1:
-                packings = [p for p in packings if p != "idle"]
+            packings = [*PACKINGS] if name in ALL_PACKINGS else ["three"]
+            if name in WITH_AN_IDLE_RANK:
+                packings.append("idle")
+            cases = [("untied", packing) for packing in packings]
+            if name in ALL_FAMILIES:
+                cases += [(head, "three") for head in FAMILIES_BY_HEAD if head != "untied"]
             found[name] = {
-                "steps": {
-                    f"{head}/{packing}": _compare(bench, head, packing)
-                    for head in FAMILIES_BY_HEAD
-                    for packing in (packings if head == "untied" else ["three"])
-                }
+                "steps": {f"{h}/{packing}": _compare(bench, h, packing) for h, packing in cases}
             }
-            if thorough and name in TRAINED:
+            if name in TRAINED:
                 found[name]["losses"] = {d: _losses(bench, d) for d in ("fp32", "bf16")}
-            if thorough and name in RECOMPUTED:
+            if name in RECOMPUTED:
                 found[name]["recomputed"] = {
                     "free": _recomputed(bench, ()),
                     "frozen": _recomputed(bench, (EMBEDDING,)),
@@ -310,12 +314,6 @@ def one_rank(folder) -> dict[str, list[float]]:
 
 
 @pytest.fixture(scope="module")
-def two_ranks_quick(folder, one_rank) -> list[dict[str, Any]]:
-    layouts = {name: TWO_RANKS[name] for name in ("tp2_sp", "pp2_vp2", "cp2", "dp2")}
-    return run_distributed(_run_layouts, 2, folder, layouts, False, timeout_s=240)
-
-
-@pytest.fixture(scope="module")
 def all_layouts(folder, one_rank) -> Callable[[str], list[dict[str, Any]]]:
     """By layout, what every rank found; all layouts of a world are run at once."""
     worlds: dict[int, list[dict[str, Any]]] = {}
@@ -324,7 +322,7 @@ def all_layouts(folder, one_rank) -> Callable[[str], list[dict[str, Any]]]:
         world_size, layouts = (2, TWO_RANKS) if name in TWO_RANKS else (4, FOUR_RANKS)
         if world_size not in worlds:
             worlds[world_size] = run_distributed(
-                _run_layouts, world_size, folder, layouts, True, timeout_s=840
+                _run_layouts, world_size, folder, layouts, timeout_s=840
             )
         return [rank[name] for rank in worlds[world_size]]
 
@@ -340,22 +338,16 @@ def _check(by_rank: list[dict[str, Any]]) -> None:
             assert step["gradients"][worst] < 1e-5, (name, worst, step["gradients"][worst])
 
 
-@pytest.mark.parametrize("layout", ["tp2_sp", "pp2_vp2", "cp2", "dp2"])
-@pytest.mark.slow
-def test_the_gradients_of_one_rank(two_ranks_quick, layout):
-    _check([rank[layout] for rank in two_ranks_quick])
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("layout", [*TWO_RANKS, *FOUR_RANKS])
-def test_every_layout_and_packing_has_the_gradients_of_one_rank(all_layouts, layout):
+def test_every_layout_has_the_gradients_of_one_rank(all_layouts, layout):
     _check(all_layouts(layout))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("layout", ["dp2", "dp4", "dp2_tp2", "dp2_cp2"])
+@pytest.mark.parametrize("layout", WITH_AN_IDLE_RANK)
 def test_a_rank_had_no_loss_token(all_layouts, layout):
     """So the test above says something about it."""
     steps = [found["steps"]["untied/idle"] for found in all_layouts(layout)]

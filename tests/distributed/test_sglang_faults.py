@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -30,7 +32,7 @@ from megaopd.rollout.sglang.loop import EventLoopThread
 from megaopd.rollout.sglang.pool import Address, ServerPool
 from tests.helpers.fault_proxy import RETRIED, FaultProxy
 from tests.helpers.runs import make_run, metrics_of, run_command
-from tests.helpers.sglang import START_TIMEOUT_S, make_fleet
+from tests.helpers.sglang import START_TIMEOUT_S, family_of, http_status, is_alive, make_fleet
 from tests.helpers.tiny_models import TINY_CONFIG, make_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * START_TIMEOUT_S)]
@@ -136,6 +138,52 @@ def check_all_there(
 def num_prefills(log: Path) -> int:
     """Batches of prompts that a server has worked on, by its log."""
     return log.read_text().count("Prefill batch")
+
+
+# What any process of this user can read of another.
+PUBLIC = ("cmdline", "environ")
+
+
+def test_a_server_keeps_its_keys(fleet: ServerFleet) -> None:
+    server = fleet.servers[0]
+    family = family_of(server)
+    assert len(family) >= 3
+    assert {os.getpgid(member.pid) for member in family} == {server.pid}
+    assert server.version.startswith("0.")
+    assert server.api_key != server.admin_key
+    statuses = {
+        (path, key): http_status(server.url + path, key)
+        for path in ("/model_info", "/flush_cache")
+        for key in ("", "wrong", server.api_key, server.admin_key)
+    }
+    assert statuses == {
+        ("/model_info", ""): 401,
+        ("/model_info", "wrong"): 401,
+        ("/model_info", server.api_key): 200,
+        ("/model_info", server.admin_key): 401,
+        ("/flush_cache", ""): 401,
+        ("/flush_cache", "wrong"): 401,
+        ("/flush_cache", server.api_key): 401,
+        ("/flush_cache", server.admin_key): 200,
+    }
+    log = server.log.read_text()
+    assert "***" in log
+    assert stat.S_IMODE(server.log.stat().st_mode) == 0o600
+    places = [log.encode()]
+    for member in family:
+        places += [Path(f"/proc/{member.pid}/{name}").read_bytes() for name in PUBLIC]
+    for place in places:
+        assert server.api_key.encode() not in place
+        assert server.admin_key.encode() not in place
+    assert stat.S_IMODE(Path(family[0].environ()["TMPDIR"]).stat().st_mode) == 0o700
+
+
+def left_by(family: Sequence[psutil.Process]) -> list[Path]:
+    """The files that a running server has on this host."""
+    files = {region.path for member in family for region in member.memory_maps()}
+    shared = [Path(file) for file in files if file.startswith("/dev/shm/sglang_")]
+    assert [file for file in shared if file.exists()]
+    return [Path(family[0].environ()["TMPDIR"]), *shared]
 
 
 def test_a_killed_server_loses_and_doubles_nothing_and_comes_back(
@@ -314,7 +362,9 @@ def steps_of(out: Path) -> int:
 
 def test_when_all_are_dead_nobody_waits(fleet: ServerFleet) -> None:
     """Restarts that fail, ten in a row, retire a server; with the last one all requests end. It
-    leaves no server to other tests, so it is the last."""
+    leaves no server to other tests, so it is the last; and nothing else."""
+    families = [family_of(server) for server in fleet.servers]
+    files = [file for family in families for file in left_by(family)]
     with running(fleet.servers, restarter=fleet) as run:
         futures = run.submit(make_requests(8))
         for server in fleet.servers:
@@ -329,3 +379,6 @@ def test_when_all_are_dead_nobody_waits(fleet: ServerFleet) -> None:
         [late] = run.submit(make_requests(1))
         with pytest.raises(RolloutError, match="all are down"):
             late.result(timeout=5)
+    fleet.stop()
+    assert [member for family in families for member in family if is_alive(member)] == []
+    assert [file for file in files if file.exists()] == []

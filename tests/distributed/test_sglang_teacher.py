@@ -1,8 +1,9 @@
 """A teacher on a real SGLang against the same teacher in Megatron: its word on every loss token, on
-the ranks that need it, under tensor, context, pipeline and data parallelism."""
+the ranks that need it, under tensor, context, pipeline and data parallelism. And a run with it."""
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from megaopd.batch import Prompt, Sample, TokenSignal, TopKSignal
 from megaopd.config import ParallelConfig, SGLangConfig, TeacherConfig
@@ -19,13 +21,13 @@ from megaopd.models.arch import read_arch
 from megaopd.parallel.layout import Layout
 from megaopd.teacher.sglang import SGLangTeacher
 from tests.helpers.distributed import run_distributed
-from tests.helpers.tiny_models import make_tiny_model
+from tests.helpers.runs import make_run, metrics_of, run_training
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 TOLERANCE = 1e-4
 VOCAB_SIZE, K = 512, 8
-KEY = {"MEGAOPD_TEACHER_API_KEY": "test-api-key-of-the-servers"}
+KEY_VARIABLE = TeacherConfig().api_key_env
 LAYOUTS = {
     "tp2": ParallelConfig(tensor=2),
     "cp2": ParallelConfig(context=2),
@@ -45,14 +47,15 @@ def _samples() -> list[Sample]:
     for i in range(5):
         prompt = Prompt(str(i), tokens(1, 40), None, "", tokens(5, 50) if i % 2 else None)
         for index in range(2):
-            response = tokens(1, 90)
+            # Servers call the vocabulary's last token 0.
+            response = (*tokens(1, 90), VOCAB_SIZE - 1)
             mask = tuple(rng.random() < 0.8 for _ in response)
             zeros = (0.0,) * len(response)
             samples.append(Sample(prompt, index, response, zeros, mask, "stop", 0))
     return samples
 
 
-def _teacher(url: str, top_k: int, student: Batching, **ranks: Any) -> SGLangTeacher:
+def _teacher(url: str, key: str, top_k: int, student: Batching, **ranks: Any) -> SGLangTeacher:
     config = TeacherConfig(kind="sglang", urls=(url,), top_k=top_k)
     return SGLangTeacher(
         config,
@@ -60,16 +63,16 @@ def _teacher(url: str, top_k: int, student: Batching, **ranks: Any) -> SGLangTea
         VOCAB_SIZE,
         student,
         device=torch.device("cpu"),
-        environ=KEY,
+        environ={KEY_VARIABLE: key},
         **ranks,
     )
 
 
-def _work(rank: int, world_size: int, path: str, url: str) -> dict[str, Any]:
-    return {name: _errors(path, url, parallel) for name, parallel in LAYOUTS.items()}
+def _work(rank: int, world_size: int, path: str, url: str, key: str) -> dict[str, Any]:
+    return {name: _errors(path, url, key, parallel) for name, parallel in LAYOUTS.items()}
 
 
-def _errors(path: str, url: str, parallel: ParallelConfig) -> dict[str, Any]:
+def _errors(path: str, url: str, key: str, parallel: ParallelConfig) -> dict[str, Any]:
     """The largest differences from Megatron's log-probs, and the rows that were compared."""
     from megaopd.models.mapping import padded_vocab_size
     from megaopd.parallel import groups as parallel_groups
@@ -87,7 +90,7 @@ def _errors(path: str, url: str, parallel: ParallelConfig) -> dict[str, Any]:
     found: dict[str, Any] = {"rows": [], "top_k": 0.0, "sampled": 0.0}
     ranks = {"rank": groups.rank, "world_size": groups.world_size}
     for name, top_k in (("top_k", K), ("sampled", 0)):
-        teacher = _teacher(url, top_k, student, **ranks)
+        teacher = _teacher(url, key, top_k, student, **ranks)
         signals = teacher.score(samples)
         teacher.close()
         assert len(signals) == len(batches)
@@ -126,8 +129,13 @@ def _full_logprobs(signal: Any, groups: Any) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("teacher") / "model", vocab_size=VOCAB_SIZE)
+def run_yaml(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def model_dir(run_yaml) -> Path:
+    return run_yaml.parent / "teacher"
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +145,7 @@ def server(sglang_servers, model_dir):
 
 @pytest.fixture(scope="module")
 def outcomes(server, model_dir) -> list[dict[str, Any]]:
-    return run_distributed(_work, 2, str(model_dir), server.url, timeout_s=300)
+    return run_distributed(_work, 2, str(model_dir), server.url, server.api_key, timeout_s=300)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -180,8 +188,53 @@ def test_a_wrong_key_ends_in_one_line(server):
 
 def test_a_sample_longer_than_the_servers_context_is_named(server):
     student = Batching(Layout(ParallelConfig(), 1), Packing(2))
-    teacher = _teacher(server.url, K, student)
+    teacher = _teacher(server.url, server.api_key, K, student)
     long = Sample(Prompt("long", (1, 2)), 0, (3,) * 300, (0.0,) * 300, (True,) * 300, "stop", 0)
     with pytest.raises(RolloutError, match="teacher's scores of sample long/0"):
         teacher.score([long])
     teacher.close()
+
+
+def test_a_run(server, run_yaml, monkeypatch):
+    """With all tokens as candidates, what it minimises is the whole reverse KL of its samples; the
+    teacher's own accuracy is taken on its servers too."""
+    monkeypatch.setenv(KEY_VARIABLE, server.api_key)
+    out, record = run_yaml.parent / "out", run_yaml.parent / "record.jsonl"
+    done = run_training(
+        run_yaml,
+        2,
+        "parallel.tensor=2",
+        "teacher.kind=sglang",
+        f"teacher.urls=[{server.url}]",
+        f"teacher.top_k={VOCAB_SIZE}",
+        f"rollout.record={record}",
+        timeout_s=400,
+    )
+    assert done.returncode == 0, done.stderr
+    first = json.loads(record.read_text().splitlines()[0])["samples"]
+    wanted = _reverse_kl(run_yaml.parent / "student", run_yaml.parent / "teacher", first)
+    assert metrics_of(out, "loss/divergence")[0] == pytest.approx(wanted, rel=1e-4)
+    assert metrics_of(out, "teacher/top_k_mass") == pytest.approx([1.0] * 3, abs=1e-4)
+    before, after = metrics_of(out, "eval/reverse_kl_lower_bound")
+    assert 0 < after < before
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["teacher_accuracy"] is not None
+
+
+def _reverse_kl(student: Path, teacher: Path, samples: list[dict[str, Any]]) -> float:
+    """Of two directories' models, the mean over the response tokens of samples."""
+    models = [
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        for path in (student, teacher)
+    ]
+    found = []
+    for sample in samples:
+        prompt, response = sample["prompt"]["token_ids"], sample["response_ids"]
+        with torch.no_grad():
+            log_p, log_q = (
+                model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+                for model in models
+            )
+        log_p, log_q = log_p.log_softmax(-1), log_q.log_softmax(-1)
+        found.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return float(torch.cat(found).mean())

@@ -3,24 +3,21 @@ after a restart."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from aiohttp import web
-from safetensors.torch import load_file
-from torch import Tensor
 
-from megaopd.batch import Sample, SamplingParams
-from megaopd.config import Config, ParallelConfig, RolloutConfig, SGLangConfig
-from megaopd.data.packing import pack
+from megaopd.batch import SamplingParams
+from megaopd.config import Config
 from megaopd.rollout.sglang.engine import SGLangEngine
 from megaopd.rollout.sglang.fleet import ServerFleet
 from megaopd.rollout.sglang.pool import Address
@@ -28,16 +25,14 @@ from megaopd.train_rollout import TRANSPORTS
 from megaopd.weight_sync.servers import ServerSync
 from megaopd.weight_sync.transport import NoServerTookWeights
 from tests.helpers.distributed import run_distributed
-from tests.helpers.engine_contract import CONTRACT, GREEDY, PARAMS, PROMPTS, TOLERANCE, VOCAB, Case
-from tests.helpers.fault_proxy import FaultProxy
+from tests.helpers.engine_contract import CONTRACT, GREEDY, PARAMS, PROMPTS, TOLERANCE, Case
 from tests.helpers.sglang import START_TIMEOUT_S, make_fleet
 from tests.helpers.tiny_models import make_tiny_model
+from tests.helpers.weight_sync import Deadly, Files, Megatron, UpdateProxy, connect, settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * START_TIMEOUT_S)]
 
 WHOLE = replace(PARAMS, temperature=1.0, n=2)
-# Small buckets: the tiny model, of 0.9 MB, takes several.
-BUCKET_BYTES = 200_000
 LONG = SamplingParams(max_new_tokens=160, n=4, seed=1)
 
 
@@ -58,125 +53,44 @@ def fleet(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Itera
     fleet.stop()
 
 
-def settings(kind: str, *, partial: bool = True, colocated: bool = False) -> Config:
-    servers = SGLangConfig(
-        sync=kind,  # type: ignore[arg-type]
-        bucket_bytes=BUCKET_BYTES,
-        verify=True,
-        colocated=colocated,
-    )
-    return Config(rollout=RolloutConfig(kind="sglang", partial=partial, sglang=servers))
-
-
-class OneRank:
-    """What a transport is told of the process groups."""
-
-    device = torch.device("cpu")
-
-
-class Files:
-    """A `Student` whose weights are those of a directory."""
-
-    def __init__(self, model: Path) -> None:
-        self.model = model
-
-    def export_weights(self, only_trainable: bool = False) -> Iterator[tuple[str, Tensor]]:
-        yield from load_file(self.model / "model.safetensors").items()
-
-
-def connect(endpoints, config: Config, **others) -> SGLangEngine:
-    return SGLangEngine(
-        endpoints,
-        config=config.rollout.sglang,
-        vocab_size=VOCAB,
-        partial=config.rollout.partial,
-        transport=TRANSPORTS[config.rollout.sglang.sync](config, OneRank()),  # type: ignore[arg-type]
-        **others,
-    )
-
-
-# The trainer's side, tensor-parallel.
-
-
-class Megatron:
-    """A `Student` over all ranks, with a forward pass to compare with."""
-
-    def __init__(self, world_size: int, path: Path) -> None:
-        from megaopd.models.arch import read_arch
-        from megaopd.models.build import build_model
-        from megaopd.models.mapping import padded_vocab_size
-        from megaopd.parallel import groups as parallel_groups
-
-        parallel = ParallelConfig(tensor=world_size)
-        self.groups = parallel_groups.initialize(parallel, torch.device("cpu"), seed=1)
-        self.arch = read_arch(path)
-        rows = padded_vocab_size(self.arch.vocab_size, world_size)
-        self.chunks = build_model(self.arch, parallel, self.groups, "fp32", rows)
-        self.chunks[0].eval()
-
-    def load(self, path: Path) -> None:
-        from megaopd.models import weights
-
-        with torch.no_grad():
-            weights.load_weights(self.chunks, self.arch, path)
-
-    def export_weights(self, only_trainable: bool = False) -> Iterator[tuple[str, Tensor]]:
-        from megaopd.models import weights
-
-        return weights.export_weights(self.chunks, self.arch, self.groups)
-
-    def max_error(self, samples: list[Sample]) -> float:
-        from megaopd.engine.schedule import forward_only
-
-        size = self.groups.tp.size()
-        batch = pack(samples, pad_to_multiple=size)
-        (logits_TV,) = forward_only(
-            self.chunks, [batch], self.groups, lambda i, b, hidden: hidden @ self.chunks[-1].head.T
-        )
-        shards = [torch.empty_like(logits_TV) for _ in range(size)]
-        dist.all_gather(shards, logits_TV.contiguous(), group=self.groups.tp)
-        logprobs_TV = torch.cat(shards, -1)[:, : self.arch.vocab_size].log_softmax(-1)
-        ours_T = logprobs_TV.gather(1, batch.labels_T[:, None])[:, 0]
-        mask_T = batch.loss_mask_T
-        assert int(mask_T.sum()) == sum(len(s.response_ids) for s in samples)
-        return float((ours_T - batch.rollout_logprobs_T)[mask_T].abs().max())
-
-
-Seen = tuple[float, list[Sample]]
-
-
 def train_and_sync(
     rank: int, world_size: int, config: Config, addresses: list[Address], models: list[Path]
-) -> list[Seen]:
-    """Per model, whose weights the student takes on: the error of samples, and greedy ones."""
+) -> None:
+    """The student takes on the weights of one model after the other. Before each sync, when the
+    servers have those of the model before, and after it, they are compared with Megatron."""
     student = Megatron(world_size, models[0])
     engine = connect(addresses, config, rank=rank, world_size=world_size)
-    sync, seen = ServerSync(), []
-    for version, model in enumerate(models):
-        student.load(model)
-        sync.sync(student, engine, version)
+    sync = ServerSync()
+
+    def check_samples(version: int) -> None:
         samples = engine.generate(PROMPTS, WHOLE)
         assert {s.weight_version for s in samples} == {version}
+        assert student.compare(samples)[0] <= TOLERANCE
+        error, likeliest = student.compare(engine.generate(PROMPTS, GREEDY))
+        assert error <= TOLERANCE
+        assert likeliest
+
+    for version, model in enumerate(models):
+        student.load(model)
+        if version > 0:
+            # The comparison can fail: these are the weights before the sync.
+            assert student.compare(engine.generate(PROMPTS, WHOLE))[0] > 10 * TOLERANCE
+        sync.sync(student, engine, version)
         if rank == 0:
             assert {client.version for client in engine.pool.clients} == {version}
             assert engine.run(engine.pool.clients[0].served_version()) == version
-        seen.append((student.max_error(samples), engine.generate(PROMPTS, GREEDY)))
+        check_samples(version)
     engine.close()
-    return seen
 
 
 @pytest.mark.parametrize("kind", TRANSPORTS)
 def test_samples_are_of_the_trainer_s_weights(kind, models, fleet):
-    """Two servers, two tensor-parallel ranks, checksums verified; several updates in a row."""
+    """Two servers, two tensor-parallel ranks, checksums verified; several updates in a row: of each
+    the samples before and after it are those of the weights that they should be of."""
     config = settings(kind, colocated=kind == "tensor")
     addresses = [Address(s.url, s.api_key, s.admin_key) for s in fleet.servers]
     order = [models[1], models[2], models[0]]
-    for seen in run_distributed(train_and_sync, 2, config, addresses, order, timeout_s=300):
-        for (error, greedy), model in zip(seen, order, strict=True):
-            assert error <= TOLERANCE
-            case = Case(None, model)
-            expected = [case.greedy(prompt, GREEDY) for prompt in PROMPTS]
-            assert [list(s.response_ids) for s in greedy] == expected
+    run_distributed(train_and_sync, 2, config, addresses, order, timeout_s=300)
     assert not list(Path("/dev/shm").glob("megaopd-weights-*"))
 
 
@@ -190,26 +104,6 @@ def test_contract(check, models, fleet):
 
 
 # Servers that fail.
-
-
-class UpdateProxy(FaultProxy):
-    """Answers 500 to some requests for `paths`: the n-th (from 0) if `fails(n)`.
-
-    Attributes:
-        paths: what it spoils.
-    """
-
-    paths: tuple[str, ...] = ()
-
-    async def _answer(self, request: web.Request) -> web.StreamResponse:
-        if request.path in self.paths and self.fails(self.requests[request.path]):
-            self.requests[request.path] += 1
-            await request.read()
-            return web.json_response({"message": "spoiled"}, status=500)
-        return await super()._answer(request)
-
-    def fails(self, count: int) -> bool:
-        return True
 
 
 UPDATES = (
@@ -285,8 +179,10 @@ def test_an_update_in_mid_generation(partial, models, fleet):
     engine = connect(fleet.servers, settings("tensor", partial=partial))
     sync = ServerSync()
     sync.sync(Files(models[1]), engine, 0)
+    began = time.monotonic()
     rollout = engine.start(PROMPTS, LONG)
-    while engine.pool.clients[0].silent_s > 1:
+    # The first tokens; not the sync, which counts as a sign of life as well.
+    while engine.pool.clients[0]._connection._last_progress < began:
         time.sleep(0.02)
     sync.sync(Files(models[2]), engine, 1)
     samples = rollout.result()
@@ -326,39 +222,57 @@ def test_a_checksum_tells_what_is_wrong(models, fleet, proxy):
     engine.close()
 
 
+def train_and_die(config: Config, addresses: list[Address], models: list[Path]) -> None:
+    """A trainer of its own process that is killed in the middle of its second update."""
+    engine, sync = connect(addresses, config), ServerSync()
+    sync.sync(Files(models[1]), engine, 0)
+    sync.sync(Deadly(models[2], lambda: os.kill(os.getpid(), signal.SIGKILL)), engine, 1)
+
+
 @pytest.mark.parametrize("kind", TRANSPORTS)
-def test_a_server_that_dies_during_an_update(kind, models, fleet):
-    """It is restarted, and has the current weights before its first request."""
+def test_a_trainer_that_dies_during_an_update(kind, models, fleet):
+    """The servers are paused, in an open update, and wait in a group for a member that is gone;
+    the next trainer finds them of use at once."""
     config = settings(kind)
+    addresses = [Address(s.url, s.api_key, s.admin_key) for s in fleet.servers]
+    trainer = multiprocessing.get_context("spawn").Process(
+        target=train_and_die, args=(config, addresses, models)
+    )
+    trainer.start()
+    trainer.join(120)
+    assert trainer.exitcode == -signal.SIGKILL
+    began = time.monotonic()
+    engine = connect(addresses, config)
+    ServerSync().sync(Files(models[0]), engine, 0)
+    assert time.monotonic() - began < 60
+    assert [client.version for client in engine.pool.clients] == [0, 0]
+    check(engine, models[0], 0)
+    engine.close()
+    assert not list(Path("/dev/shm").glob("megaopd-weights-*"))
+
+
+def test_a_server_that_dies_during_an_update(models, fleet):
+    """By broadcast, where its end leaves the others in a group that no longer works. It is
+    restarted, and has the current weights before its first request. What a server's end is to the
+    other ways, a connection that breaks, `test_an_update_that_fails_on_one_of_two` shows."""
+    config = settings("distributed")
     engine = connect(fleet.servers, config, restarter=Unstoppable(fleet))
     sync = ServerSync()
     sync.sync(Files(models[1]), engine, 0)
-
-    class Deadly(Files):
-        """Its weights come while the second server dies."""
-
-        def export_weights(self, only_trainable: bool = False) -> Iterator[tuple[str, Tensor]]:
-            for i, item in enumerate(super().export_weights()):
-                if i == 10 and not self.done:
-                    os.killpg(fleet.servers[1].pid, signal.SIGKILL)
-                    self.done = True
-                yield item
-
-        done = False
-
+    kill = partial(os.killpg, fleet.servers[1].pid, signal.SIGKILL)
     began = time.monotonic()
-    sync.sync(Deadly(models[2]), engine, 1)
+    sync.sync(Deadly(models[2], kill), engine, 1)
     assert time.monotonic() - began < 60
     check(engine, models[2], 1)
     # The other one works while it starts; it is used again when it has the weights.
     deadline = time.monotonic() + START_TIMEOUT_S
     while not (len(engine.pool.up()) == 2 and not engine.pool.stale()):
         assert time.monotonic() < deadline
-        check(engine, models[2], 1)
-        time.sleep(1)
+        engine.generate(PROMPTS[:1], GREEDY)
+        time.sleep(3)
     assert [client.version for client in engine.pool.clients] == [1, 1]
     # What it answers is of those weights, with those of its start nowhere in sight.
-    alone = connect([fleet.servers[1]], replace(config))
+    alone = connect([fleet.servers[1]], config)
     alone.pool.clients[0].version = 1
     alone.pool.publish(1)
     alone.weight_version = 1

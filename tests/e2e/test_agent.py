@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from megaopd.errors import ConfigError
+from megaopd.train import main as train
 from tests.helpers.runs import metrics_of, run_training
 from tests.helpers.sglang import sglang_python
 from tests.helpers.tool_caller import ANSWER, QUESTION, make_tool_caller
+from tools.check_export import main as check_export
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -35,7 +38,7 @@ data: {{train: {path}/train.jsonl, eval: {path}/eval.jsonl, chat_template: true,
         max_prompt_tokens: 64}}
 rollout: {{max_new_tokens: 128, agent: {{tools: [calculator], max_turns: 3, max_tool_tokens: 8}}}}
 optimizer: {{lr: 1.0e-4, warmup_steps: 1, clip_grad: 0.0}}
-train: {{num_steps: {NUM_STEPS}, global_batch_size: {BATCH}, micro_batch_size: 4, export: false}}
+train: {{num_steps: {NUM_STEPS}, global_batch_size: {BATCH}, micro_batch_size: 4}}
 log: {{tensorboard: false}}
 """
     )
@@ -71,11 +74,20 @@ def test_embedded(directory: Path) -> None:
     done = run_training(directory / "run.yaml", 2, f"run.dir={out}", timeout_s=300)
     assert done.returncode == 0, done.stderr
     check_run(out, "embedded")
+    # The export holds the same conversations.
+    check_export([str(out)])
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["export_greedy_identical"] == summary["export_greedy_compared"] == 4
 
 
 def test_sglang(directory: Path) -> None:
     out = directory / "sglang"
-    words = ("+rollout=sglang", f"rollout.sglang.python={sglang_python()}", f"run.dir={out}")
+    words = (
+        "+rollout=sglang",
+        f"rollout.sglang.python={sglang_python()}",
+        f"run.dir={out}",
+        "train.export=false",
+    )
     done = run_training(directory / "run.yaml", 2, *words, timeout_s=400)
     assert done.returncode == 0, done.stderr
     check_run(out, "sglang")
@@ -99,6 +111,7 @@ def test_sglang(directory: Path) -> None:
     ],
 )
 def test_one_line_says_what_is_wrong(directory: Path, words: list[str], message: str) -> None:
-    done = run_training(directory / "run.yaml", 1, "parallel.tensor=1", *words)
-    assert f"error: {message}" in done.stderr
-    assert "exitcode  : 2" in done.stderr
+    """Before a device is touched; that a `ConfigError` is one line and status 2 is run_cli's."""
+    with pytest.raises(ConfigError) as error:
+        train([f"conf={directory / 'run.yaml'}", "parallel.tensor=1", *words])
+    assert str(error.value).startswith(message)

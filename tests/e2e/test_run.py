@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.helpers.runs import make_run, metrics_of, run_command, run_training
+from tests.helpers.runs import make_run, metrics_of, run_command, torchrun_training
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 def finished(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
     config = make_run(directory, "Qwen3ForCausalLM", vocab_size=509)
-    done = run_training(
+    done = torchrun_training(
         config,
         2,
         "parallel.tensor=2",

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from tests.helpers.runs import make_run, metrics_of, run_training
-from tests.helpers.sglang import sglang_python
+from megaopd.convert.to_megatron import convert_to_megatron
+from megaopd.rollout.sglang.server import SGLangServer
+from tests.helpers.runs import make_run, metrics_of, run_training, torchrun_training
+from tests.helpers.sglang import make_fleet, sglang_python
 
 pytestmark = pytest.mark.slow
 
@@ -34,6 +44,23 @@ def launch(**keys: object) -> tuple[str, ...]:
     """The words of a run that starts a server."""
     words = ["+rollout=sglang", f"rollout.sglang.python={sglang_python()}"]
     return (*words, *(f"rollout.{key}={value}" for key, value in keys.items()))
+
+
+@pytest.fixture(scope="module")
+def server(directory: Path) -> Iterator[SGLangServer]:
+    """One that somebody else runs, with the student's first weights."""
+    fleet = make_fleet(directory / "student", directory / "logs")
+    fleet.start()
+    yield fleet.servers[0]
+    fleet.stop()
+
+
+@pytest.fixture
+def given(server: SGLangServer, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """The words of a run that uses it."""
+    monkeypatch.setenv("MEGAOPD_SGLANG_API_KEY", server.api_key)
+    monkeypatch.setenv("MEGAOPD_SGLANG_ADMIN_KEY", server.admin_key)
+    return ("rollout.kind=sglang", f"rollout.urls=['{server.url}']")
 
 
 def answers(out: Path, name: str) -> list[list[int]]:
@@ -68,8 +95,11 @@ def embedded(directory: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def on_policy(directory: Path) -> Path:
-    recording = directory / "rollouts.jsonl"
-    return train(directory, "on_policy", *launch(), f"rollout.record={recording}")[0]
+    """Its student, and with it the server, starts from a Megatron checkpoint."""
+    recording, checkpoint = directory / "rollouts.jsonl", directory / "megatron"
+    convert_to_megatron(directory / "student", checkpoint)
+    words = (f"student.path={checkpoint}", f"rollout.record={recording}")
+    return train(directory, "on_policy", *launch(), *words)[0]
 
 
 def test_the_figures_are_those_of_the_embedded_engine(embedded: Path, on_policy: Path) -> None:
@@ -112,10 +142,11 @@ def test_a_recording_replays_to_the_bit(directory: Path, on_policy: Path) -> Non
         assert metrics_of(replay, name) == metrics_of(on_policy, name)
 
 
-def test_one_step_off(directory: Path, embedded: Path) -> None:
+def test_one_step_off(directory: Path, embedded: Path, given: tuple[str, ...]) -> None:
     """The next batch is sampled while this one trains: one update old, which the mismatch shows,
-    and no more."""
-    out, _ = train(directory, "one_step_off", *launch(max_staleness=1))
+    and no more. Evaluations come in between, from the newest weights."""
+    words = ("rollout.max_staleness=1", "rollout.sglang.sync=distributed")
+    out, _ = train(directory, "one_step_off", *given, *words)
     assert metrics_of(out, "rollout/staleness_max") == [0, 1, 1, 1]
     staleness = metrics_of(out, "rollout/staleness_mean")
     assert staleness[0] == 0
@@ -128,21 +159,48 @@ def test_one_step_off(directory: Path, embedded: Path) -> None:
     )
 
 
+def test_all_servers_dead(directory: Path, server: SGLangServer, given: tuple[str, ...]) -> None:
+    """The run ends with status 7 and one line, within a minute, and what it learned is saved."""
+    out, kills = directory / "abandoned", list[float]()
+
+    def kill_after_two_steps() -> None:
+        metrics = out / "metrics.jsonl"
+        while not metrics.exists() or metrics.read_text().count("loss/divergence") < 2:
+            time.sleep(0.2)
+        os.killpg(server.pid, signal.SIGKILL)
+        kills.append(time.monotonic())
+
+    threading.Thread(target=kill_after_two_steps, daemon=True).start()
+    endless = ("train.num_steps=1000", "eval.interval=0", "train.export=true")
+    words = (*COMMON, f"run.dir={out}", *given, *endless, "rollout.max_staleness=1")
+    # Under torchrun, which ends rank 0, saving and speaking, when another rank leaves before it.
+    said = torchrun_training(directory / "run.yaml", 2, *words, timeout_s=400).stderr
+    assert time.monotonic() - kills[0] < 60
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert lines == [f"error: rollout servers: all are down ({server.url}); look at their logs"]
+    assert "exitcode  : 7" in said
+    before = load_file(directory / "student/model.safetensors")
+    after = load_file(out / "hf/model.safetensors")
+    assert after.keys() == before.keys()
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.isfinite(after[name]).all()
+    assert not torch.equal(after[name], before[name])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("rollout.urls=['http://127.0.0.1:9']",), "http://127.0.0.1:9: no answer ("),
         (
-            ("rollout.launch=true", "rollout.sglang.python=/no/such/python"),
-            "rollout.sglang.python: /no/such/python cannot be run ",
+            ("rollout.launch=true", f"rollout.sglang.python={sys.executable}"),
+            "sglang server 0: ended with status 1 before it was ready (",
         ),
     ],
 )
 def test_servers_that_cannot_be_used(directory: Path, words: tuple[str, ...], message: str) -> None:
     """One line, from one of the ranks."""
     words = ("rollout.kind=sglang", "train.export=true", *words)
-    _, said = train(directory, "refused", *words, status=1)
+    _, said = train(directory, "refused", *words, status=7)
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, said
     assert lines[0].startswith(f"error: {message}")
-    assert "exitcode  : 7" in said

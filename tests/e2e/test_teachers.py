@@ -65,7 +65,7 @@ def test_a_teacher_that_there_is_not_is_named_with_its_line(tmp_path: Path) -> N
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write('{"id": "last", "prompt": "x", "answer": "a", "teacher": "math"}\n')
     done = run_training(config, 1)
-    assert done.returncode == 1  # torchrun's own status; the rank's is in its report
+    assert done.returncode == 3
     assert "train.jsonl:65: column 'teacher' names the teacher \"math\"; there are none" in (
         done.stderr
     )

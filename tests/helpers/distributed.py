@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+from tests.helpers.processes import process_context
 
 
 def run_distributed(
     fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60
 ) -> list[Any]:
-    """Calls fn(rank, world_size, *args) in `world_size` spawned processes.
+    """Calls fn(rank, world_size, *args) in `world_size` processes of their own.
 
     Each has the default process group initialised (gloo), one thread, and LOCAL_RANK, RANK and
     WORLD_SIZE set. The first failure or the time limit ends all of them by process id.
@@ -38,7 +39,7 @@ def run_distributed(
         RuntimeError: a rank failed; the message holds its traceback.
         TimeoutError: the limit passed; the message names the ranks that had not finished.
     """
-    context = mp.get_context("spawn")
+    context = process_context()
     deadline = time.monotonic() + timeout_s
     results: dict[int, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -57,6 +58,7 @@ def run_distributed(
                         str(Path(folder) / "store"),
                         timeout_s,
                         args,
+                        dict(os.environ),
                     ),
                     daemon=True,
                 )
@@ -105,9 +107,12 @@ def _child(
     store: str,
     timeout_s: float,
     args: tuple[Any, ...],
+    environment: dict[str, str],
 ) -> None:
     from datetime import timedelta
 
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1"
     )

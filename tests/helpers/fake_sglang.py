@@ -49,7 +49,8 @@ class FakeServer:
     Attributes:
         faults: what the next requests to /generate meet, one each: a status, "truncated", "reset",
             "silent", seconds of silence as a float, "hang" (a first token, then nothing), "abort"
-            (cut in the middle), "extra_logprob", "alien id", "nan", "error event"; None is none.
+            (cut in the middle), "abort first" (before a token), "extra_logprob", "alien id",
+            "nan", "error event"; None is none.
         always: the fault of all further ones.
         delay_s: between two tokens.
         version: of the weights, as the server stamps it.
@@ -164,7 +165,10 @@ class FakeServer:
             reason = {"type": "stop", "matched": ids[-1]} if done else None
             if sent == limit and not done:
                 reason = {"type": "length", "length": limit}
-            if fault == "abort" and sent == (limit + 1) // 2:
+            if fault == "abort first":
+                ids.pop()
+                sent = 0
+            if fault == "abort first" or (fault == "abort" and sent == (limit + 1) // 2):
                 reason = {"type": "abort", "message": "Aborted", "status_code": None}
             # Cumulative, or the new token alone.
             told = ids[-1:] if self.info.get("incremental_streaming_output") else ids[num_prompt:]

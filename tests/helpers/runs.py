@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.helpers.processes import run_module
 from tests.helpers.tiny_models import make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,6 +45,13 @@ log: {{tensorboard: false}}
 
 
 def run_training(
+    config: Path, num_ranks: int, *overrides: str, timeout_s: float = 150
+) -> subprocess.CompletedProcess[str]:
+    """The ranks of `torchrun -m megaopd.train conf=... overrides`, without torchrun around them."""
+    return run_module("megaopd.train", [f"conf={config}", *overrides], num_ranks, timeout_s)
+
+
+def torchrun_training(
     config: Path, num_ranks: int, *overrides: str, timeout_s: float = 150
 ) -> subprocess.CompletedProcess[str]:
     """`torchrun -m megaopd.train conf=... overrides` in a process group that never outlives it."""

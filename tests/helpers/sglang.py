@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from megaopd.rollout.sglang.flags import ServerSpec
@@ -47,7 +50,8 @@ def make_fleet(
         fleet: arguments of `ServerFleet`.
         **spec: fields of `ServerSpec`.
     """
-    keys = {"api_key": "test-api-key-of-the-servers", "admin_key": "test-admin-key-of-the-servers"}
+    # Random keys begin like an option now and then.
+    keys = {"api_key": "-test-api-key-of-servers", "admin_key": "--test-admin-key-of-servers"}
     servers = [
         SGLangServer(
             cpu_spec(model, **spec), index, log_dir, start_timeout_s=START_TIMEOUT_S, **keys
@@ -55,6 +59,30 @@ def make_fleet(
         for index in range(count)
     ]
     return ServerFleet(servers, **(fleet or {}))
+
+
+def family_of(server: SGLangServer) -> list[psutil.Process]:
+    """The processes of a server that runs."""
+    process = psutil.Process(server.pid)
+    return [process, *process.children(recursive=True)]
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def http_status(url: str, key: str) -> int:
+    """The HTTP status of a GET, or of a POST where the server wants one."""
+    request = urllib.request.Request(url)
+    if url.endswith("/flush_cache"):
+        request = urllib.request.Request(url, data=b"{}", method="POST")
+    if key:
+        request.add_header("Authorization", f"Bearer {key}")
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 StartServers = Callable[..., list[SGLangServer]]

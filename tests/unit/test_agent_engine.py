@@ -15,6 +15,8 @@ from megaopd.rollout.embedded import EmbeddedEngine
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tool_caller import AGENT, ANSWER, CALL, make_tool_caller, question
 
+pytestmark = pytest.mark.slow
+
 PARAMS = SamplingParams(max_new_tokens=160, temperature=0.0, seed=5, stop_token_ids=(511,))
 # Often enough another call, or none at all.
 WARM = replace(PARAMS, temperature=1.2, n=6)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
+import yaml
 
 from megaopd import config_compose
 from megaopd.config import (
     Config,
     ParallelConfig,
+    RolloutConfig,
+    SGLangConfig,
     TeacherConfig,
     load,
     main,
@@ -22,7 +27,10 @@ from megaopd.config import (
     validate_models,
 )
 from megaopd.config_schema import build, field_docs, paths, section_of, to_markdown
+from megaopd.config_servers import check_local
 from megaopd.errors import ConfigError
+from megaopd.train import TEACHERS
+from megaopd.train_rollout import ENGINES, TRANSPORTS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -435,8 +443,29 @@ class Arch:
 SGLANG = "rollout={kind: sglang, urls: ['http://localhost:9']}"
 
 
+@cache
+def _tiny() -> str:
+    return json.dumps(asdict(load(["conf=tiny"])))
+
+
 def _valid(conf: Path, *words: str) -> Config:
-    return load(["conf=tiny", *words])
+    """What `load(["conf=tiny", *words])` gives, without Hydra's 0.1 s for each of 200 rules."""
+    values = json.loads(_tiny())
+    for word in words:
+        key, text = word.split("=", 1)
+        *sections, name = key.split(".")
+        place = values
+        for section in sections:
+            place[section] = place = place.get(section) or {}
+        value = yaml.safe_load(text) if text else ""
+        inner = place.get(name) if isinstance(value, dict) else None
+        place[name] = {**inner, **value} if inner else value
+    return build(Config, values)
+
+
+def test_the_short_cut_is_none(conf: Path) -> None:
+    words = [SGLANG, "teachers.math.path=x", "parallel.layers_per_stage=[5,7]", "teacher.path="]
+    assert _valid(conf, *words) == load(["conf=tiny", *words])
 
 
 def test_a_sound_configuration_passes(conf: Path) -> None:
@@ -664,6 +693,21 @@ def test_what_can_work_is_not_refused(
             3,
             "rollout.urls[1]: http://localhost:1 is there twice; name each server once",
         ),
+        (
+            [SGLANG, "rollout.urls=['http://localhost:1','http://LOCALHOST:1/']"],
+            3,
+            "rollout.urls[1]: http://LOCALHOST:1/ is there twice; name each server once",
+        ),
+        (
+            [SGLANG, "rollout.sglang.args=[--log-level,info,'--host=0.0.0.0']"],
+            3,
+            "rollout.sglang.args[2]: --host, which the run sets by itself; set rollout.sglang.host",
+        ),
+        (
+            [SGLANG, "rollout.sglang.args=[--api-key,secret]"],
+            3,
+            "rollout.sglang.args[0]: --api-key, which the run sets by itself; put the key into the",
+        ),
         *(
             (
                 ["rollout.kind=sglang", "rollout.launch=true", f"rollout.sglang.host='{host}'"],
@@ -719,7 +763,7 @@ def test_what_can_work_is_not_refused(
         (
             ["teacher.kind=sglang", "teacher.urls=['http://localhost:1']", "loss.temperature=0.5"],
             3,
-            "loss.temperature: 0.5 with teacher.kind sglang, whose log-probs are those at temper",
+            "loss.temperature: 0.5 with teacher.kind sglang, whose log-probs are at temperature 1",
         ),
         (
             [
@@ -730,6 +774,16 @@ def test_what_can_work_is_not_refused(
             ],
             3,
             "rollout.top_p: the sampler leaves tokens out, and teacher.top_k is 0: an estimate",
+        ),
+        (
+            [
+                "teacher.kind=sglang",
+                "teacher.urls=['http://localhost:1']",
+                "teacher.top_k=0",
+                "rollout.temperature=0",
+            ],
+            3,
+            "rollout.temperature: 0, and teacher.top_k is 0: an estimate from sampled tokens needs",
         ),
         (["loss.importance_cap=0.5"], 3, "loss.importance_cap: found 0.5; expected 1 or more"),
         (["loss.icepop_low=1.5"], 3, "loss.icepop_low: found 1.5; expected a value in [0, 1]"),
@@ -786,6 +840,38 @@ def test_a_server_of_another_host_needs_a_key(conf: Path) -> None:
     validate(_valid(conf, *words), 3, environ=keys)
     with pytest.raises(ConfigError, match=r"^teacher\.urls\[0\]: .*TEACHER_API_KEY is not set"):
         validate(_valid(conf, *words), 3, environ={"MEGAOPD_SGLANG_API_KEY": "a"})
+
+
+def test_what_servers_need_on_this_host(conf: Path, tmp_path: Path) -> None:
+    def check(*words: str, rank: str = "0") -> None:
+        given = ("rollout.kind=sglang", "rollout.launch=true", *words)
+        check_local(_valid(conf, *given).rollout, {"RANK": rank})
+
+    folder, python = f"rollout.sglang.sync_dir={tmp_path}", "rollout.sglang.python=python3"
+    check(folder, python)
+    for words, message in (
+        (["rollout.sglang.sync_dir=/no/where", python], "sync_dir: /no/where is no directory that"),
+        ([folder, "rollout.sglang.python=/no/python"], "python: /no/python cannot be run; name"),
+        ([folder], "python: not set, and this interpreter has no sglang; name the interpreter"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^rollout\.sglang\.{message}"):
+            check(*words)
+        # Rank 0 alone starts servers and writes for them.
+        check(*words, rank="1")
+    check("rollout.sglang.sync=tensor", "rollout.sglang.sync_dir=/no/where", python)
+
+
+@pytest.mark.parametrize(
+    ("field", "table"),
+    [
+        ((RolloutConfig, "kind"), ENGINES),
+        ((SGLangConfig, "sync"), TRANSPORTS),
+        ((TeacherConfig, "kind"), TEACHERS),
+    ],
+)
+def test_what_may_be_chosen_is_what_there_is(field: tuple[type, str], table: dict) -> None:
+    cls, name = field
+    assert get_args(get_type_hints(cls)[name]) == tuple(table)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -126,3 +127,7 @@ def test_files_that_cannot_be_used(tmp_path):
         RecordedEngine(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match="cannot be written"):
         SampleRecorder(tmp_path)
+    recorder = SampleRecorder(tmp_path / "gone" / "samples.jsonl")
+    shutil.rmtree(tmp_path / "gone")
+    with pytest.raises(DataError, match="cannot be written"):
+        recorder.record(1, [], [])

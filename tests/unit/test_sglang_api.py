@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -125,7 +126,7 @@ def test_how_a_response_ends(given, expected):
         (answer([5, 6, 7, 8], LENGTH) | {"output_ids": [5, 6, 7]}, BadAnswer, "3 token ids"),
         (answer([5, 6, 7, 8], LENGTH) | {"output_ids": [5, 6, 7, 9]}, BadAnswer, "4 token ids"),
         (answer([5, 6, 7, 8], LENGTH, completion_tokens=3), BadAnswer, "3 tokens counted"),
-        (answer([5], LENGTH, output_token_logprobs=[7]), BadAnswer, "no lists"),
+        (answer([5], LENGTH, output_token_logprobs=[7]), BadAnswer, "another shape"),
         (
             answer([5, 9], {"type": "stop"}, output_token_logprobs=[[None, 5], [0.0, 9]]),
             RolloutError,
@@ -164,21 +165,107 @@ def test_streams():
         streamed.feed(event)
     assert read_answer(streamed.answer(), REQUEST, 0).ids == (5, 6, 7, 8)
 
-    def json(part: dict[str, Any]) -> bytes:
-        return str(part).replace("'", '"').replace("None", "null").encode()
 
-    # Incremental ids; the log-probabilities are, in some versions, cumulative all the same.
-    for first, second in (([7, 8], [7, 8]), ([7, 8], [5, 6, 7, 8])):
-        streamed = StreamedAnswer(incremental=True)
-        streamed.feed(json(answer([5, 6])))
-        last = answer(first, LENGTH)
-        last["meta_info"]["output_token_logprobs"] = answer(second)["meta_info"][
-            "output_token_logprobs"
-        ]
-        streamed.feed(json(last))
-        assert read_answer(streamed.answer(), REQUEST, 0).ids == (5, 6, 7, 8)
-    with pytest.raises(BadAnswer, match="not JSON"):
-        streamed.feed(b'{"output_ids": [1')
+ABORT = {"type": "abort", "message": "Aborted"}
+
+
+@pytest.mark.parametrize(
+    ("last", "told", "reason"),
+    [
+        ([7, 8], [7, 8], LENGTH),
+        # Some versions leave the log-probabilities cumulative beside incremental ids.
+        ([7, 8], [5, 6, 7, 8], LENGTH),
+        ([7, 8], [7, 8], ABORT),
+        # Aborted while it queues: the last id once more, and all log-probabilities.
+        ([6], [5, 6], ABORT),
+        # The same, put together with an event before it.
+        ([7, 7], [7, 5, 6, 7], ABORT),
+    ],
+)
+def test_incremental_streams(last, told, reason):
+    count = len(told) if told[0] == 5 else 4
+    count = 3 if len(told) == 4 and reason is ABORT else count
+    streamed = StreamedAnswer(incremental=True)
+    streamed.feed(json.dumps(answer([5, 6], completion_tokens=2)).encode())
+    final = answer(told, reason, completion_tokens=count) | {"output_ids": last}
+    streamed.feed(json.dumps(final).encode())
+    completion = read_answer(streamed.answer(), REQUEST, 0)
+    assert completion.ids == (5, 6, 7, 8)[:count]
+    assert completion.logprobs == tuple(-token / 8 for token in completion.ids)
+    assert completion.finish_reason == ("length" if reason is LENGTH else CUT)
+
+
+@pytest.mark.parametrize(
+    ("ids", "count"),
+    [([8], 4), ([7], 2), ([7, 8, 9], 4)],
+    ids=["a gap", "one too many", "another token than before"],
+)
+def test_incremental_streams_that_do_not_fit(ids, count):
+    streamed = StreamedAnswer(incremental=True)
+    streamed.feed(json.dumps(answer([5, 6], completion_tokens=2)).encode())
+    with pytest.raises(BadAnswer):
+        streamed.feed(json.dumps(answer(ids, LENGTH, completion_tokens=count)).encode())
+
+
+@pytest.mark.parametrize("incremental", [False, True])
+@pytest.mark.parametrize("text", [b'{"output_ids": [1', b"[" * 100_000, b"[]", b"\xff"])
+def test_events_that_are_no_json(incremental, text):
+    def read() -> None:
+        streamed = StreamedAnswer(incremental)
+        streamed.feed(text)
+        streamed.answer()
+
+    with pytest.raises(BadAnswer, match="JSON"):
+        read()
+
+
+def places(value: Any, path: tuple = ()) -> list[tuple]:
+    """The paths of all values in a JSON value."""
+    items: Any = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    return [path, *(p for key, item in items for p in places(item, (*path, key)))]
+
+
+def test_answers_of_any_shape_are_refused_and_nothing_else():
+    """A server that is broken, or wants to break us: every value of a right answer is replaced by
+    values of every kind."""
+    spans = [{"version": "3", "start": 0, "end": 1}, {"version": "4", "start": 1, "end": 4}]
+    right = answer([5, 6, 7, 8], LENGTH, completion_tokens=4, weight_versions=spans)
+    others: list[Any] = [None, True, -1, 3, 10**12, 1.5, 1e308 * 10, "a", [], [1], {}, {"a": 1}]
+    num_refused = 0
+    for path in places(right):
+        for other in others:
+            changed = json.loads(json.dumps(right))
+            where = changed
+            for key in path[:-1]:
+                where = where[key]
+            if path:
+                where[path[-1]] = other
+            for incremental in (False, True):
+                for finished in (False, True):
+                    streamed = StreamedAnswer(incremental)
+                    try:
+                        streamed.feed(json.dumps(changed if path else other).encode())
+                        done = read_answer(streamed.answer(), REQUEST, 3, finished)
+                    except (BadAnswer, RequestRejected, ServerBusy, RolloutError):
+                        num_refused += 1
+                        continue
+                    assert all(type(token) is int for token in done.ids)
+                    assert all(type(logprob) is float for logprob in done.logprobs)
+                    assert len(done.ids) == len(done.logprobs) == len(done.versions) <= 4
+    assert num_refused > 1000
+
+
+def test_partial_answers_are_cut_to_what_all_their_parts_hold():
+    """Servers make tokens while they write an event down."""
+    moving = answer([5, 6, 7], completion_tokens=2) | {"output_ids": [5, 6, 7, 8]}
+    partial = read_answer(moving, REQUEST, 3, finished=False)
+    assert partial == Completion((5, 6), (-5 / 8, -6 / 8), CUT, (3, 3))
+    with pytest.raises(BadAnswer):
+        read_answer(moving, REQUEST, 3)
 
 
 def test_continued_completions():

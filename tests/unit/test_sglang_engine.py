@@ -13,11 +13,11 @@ from megaopd.batch import Prompt, Sample, SamplingParams
 from megaopd.config import SGLangConfig
 from megaopd.errors import RolloutError
 from megaopd.rollout.conversation import Conversation
-from megaopd.rollout.sglang import client as client_module
 from megaopd.rollout.sglang import engine as engine_module
 from megaopd.rollout.sglang import health, pool
-from megaopd.rollout.sglang.engine import SGLangEngine, sample_seed
+from megaopd.rollout.sglang.engine import SGLangEngine
 from megaopd.rollout.sglang.loop import EventLoopThread
+from megaopd.rollout.sglang.sampler import sample_seed
 from tests.helpers.distributed import run_distributed
 from tests.helpers.fake_sglang import VOCAB, FakeServer, logprob_of, response_to
 
@@ -30,10 +30,9 @@ CONFIG = SGLangConfig(progress_timeout_s=1.0, health_interval_s=0.1)
 def short_waits(monkeypatch):
     monkeypatch.setattr(pool, "FIRST_BACKOFF_S", 0.02)
     monkeypatch.setattr(health, "HEALTH_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(health, "ALL_DOWN_S", 1.0)
-    monkeypatch.setattr(engine_module, "ALL_DOWN_S", 1.0)
+    monkeypatch.setattr(health, "ALL_DOWN_S", 0.5)
+    monkeypatch.setattr(engine_module, "ALL_DOWN_S", 0.5)
     monkeypatch.setattr(engine_module, "REFRESH_EVERY_S", 0.2)
-    monkeypatch.setattr(client_module, "FIRST_INTERVAL", 1)
 
 
 class StampAll:
@@ -147,9 +146,10 @@ def test_rollouts_in_the_background(engine, servers):
 def test_tokens_of_two_versions(engine, servers, loop):
     engine.load_weights(iter([]), version=1)
     for server in servers:
-        server.delay_s = 0.05
+        server.delay_s = 0.1
     rollout = engine.start(PROMPTS, PARAMS)
-    time.sleep(0.15)
+    while any(client.silent_s > 1 for client in engine.pool.clients):
+        time.sleep(0.01)
     for server in servers:
         loop.run(server.stop())
         server.delay_s, server.version = 0.0, "2"
@@ -220,17 +220,45 @@ def test_colocated_servers_have_memory_only_while_they_generate(servers, keeps_w
         assert_right(engine.generate(PROMPTS, PARAMS))
     engine.load_weights(iter([]), version=1)
     given_up = ["kv_cache", "weights"] if keeps_weights else ["kv_cache"]
-    release = ("/release_memory_occupation", {"tags": given_up})
-    resume = ("/resume_memory_occupation", {"tags": given_up})
+    # Nothing may run on a server that gives memory up; it refuses to flush as long as it does.
+    release = [("/flush_cache", {}), ("/release_memory_occupation", {"tags": given_up})]
+    resume = [("/resume_memory_occupation", {"tags": given_up})]
     # Weights that were given up are taken again for an update, and the rest for generation.
-    last = [("/resume_memory_occupation", {"tags": ["weights"]})] if keeps_weights else []
+    weights, cache = (
+        [("/resume_memory_occupation", {"tags": [tag]})] for tag in ("weights", "kv_cache")
+    )
+    first = [*weights, *cache] if keeps_weights else resume
+    last = weights if keeps_weights else []
     for server in servers:
-        assert server.told == [release, resume, release, *last]
+        assert server.told == [*release, *first, *release, *resume, *release, *last]
     # A server that cannot do it is not trusted.
     servers[0].control["/resume_memory_occupation"] = 500
     assert_right(engine.generate(PROMPTS, PARAMS))
     assert [client.url for client in engine.pool.stale()] == [servers[0].url]
     engine.close()
+
+
+def test_colocated_servers_keep_their_memory_until_the_last_rollout_ends(servers):
+    config = replace(CONFIG, colocated=True)
+    engine = SGLangEngine(servers, config=config, vocab_size=VOCAB, transport=StampAll(servers))
+    engine.load_weights(iter([]), version=0)
+    for server in servers:
+        server.delay_s = 0.03
+        server.told.clear()
+    pending = [engine.start(PROMPTS[:k], PARAMS) for k in (1, 5)]
+    assert_right(pending[0].result(), PROMPTS[:1])
+    assert_right(pending[1].result())
+    paths = ["/resume_memory_occupation", "/flush_cache", "/release_memory_occupation"]
+    assert [path for path, _ in servers[0].told] == paths
+    engine.close()
+
+
+def test_a_teacher_s_servers_keep_their_memory(servers):
+    """The configuration is the student's; who sends no weights does not own the servers."""
+    engine = SGLangEngine(servers, config=replace(CONFIG, colocated=True), vocab_size=VOCAB)
+    assert_right(engine.generate(PROMPTS, PARAMS))
+    engine.close()
+    assert servers[0].told == []
 
 
 def test_a_server_that_comes_back_is_refreshed(engine, servers, loop):

@@ -206,6 +206,7 @@ SPOILT = {
     "a candidate that is there twice": lambda a: set_in(
         "input_top_logprobs.1.0.1", a["meta_info"]["input_top_logprobs"][1][1][1]
     )(a),
+    "candidates that are no token ids": set_in("input_top_logprobs.1.0.1", 2**40),
     "candidates of more than all probability": set_in("input_top_logprobs.1.0.0", 0.1),
 }
 
@@ -225,14 +226,35 @@ def test_an_answer_that_is_not_about_the_sample_names_it(make_teacher, server, f
 
 
 def test_candidates_of_the_next_place_are_noticed():
-    """They are lists of the right lengths; but a sampled token that is among its candidates has
-    another log-probability there."""
+    """They are lists of the right lengths; but they contradict the log-probs of the sampled tokens:
+    of those that they hold, and of those that they leave out."""
     ids = [3, 1, 5, 6, 7]
-    for k in (K, VOCAB):
+    for k, found in (
+        (VOCAB, "not those of the same tokens in the other list"),
+        (1, "likelier than candidates, and is none itself"),
+    ):
+        # The likeliest tokens, so that one candidate is enough.
+        ids = ids[:2] if k == 1 else ids
+        while len(ids) < 5:
+            ids.append(int(logprobs_after(ids).argmax()))
         answer = honest(score_body(ids, 2, k))
         read_scores(answer, ids, 2, k, VOCAB, "here")
-    off_by_one(answer)
-    with pytest.raises(RolloutError, match="not those of the same tokens in the other list"):
+        off_by_one(answer)
+        with pytest.raises(RolloutError, match=found):
+            read_scores(answer, ids, 2, k, VOCAB, "here")
+
+
+def test_servers_call_the_last_token_of_the_vocabulary_0():
+    """In the list of the sampled tokens; the log-probability is that of the token."""
+    ids = [3, 1, VOCAB - 1, 6]
+    answer = honest(score_body(ids, 2, VOCAB))
+    wanted = read_scores(answer, ids, 2, VOCAB, VOCAB, "here")
+    entries = answer["meta_info"]["input_token_logprobs"]
+    entries[1][1] = 0
+    found = read_scores(answer, ids, 2, VOCAB, VOCAB, "here")
+    assert torch.equal(found.logprobs_R, wanted.logprobs_R)
+    entries[2][1] = 0
+    with pytest.raises(RolloutError, match="log-probs of other tokens"):
         read_scores(answer, ids, 2, VOCAB, VOCAB, "here")
 
 

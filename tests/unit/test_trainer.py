@@ -159,6 +159,16 @@ def test_a_sample_older_than_the_bound_never_trains(max_staleness, missed):
     assert trainer.student.trained == []
 
 
+def test_a_sample_of_weights_that_are_not_ours_never_trains():
+    """Newer than those of this run: somebody else updates the server as well."""
+    engine = BackgroundEngine()
+    engine.missed = -1
+    trainer, _ = make_trainer(0, engine)
+    with pytest.raises(RolloutError, match=r"weights of version 1 sampled it, and ours are of ve"):
+        trainer.fit()
+    assert trainer.student.trained == []
+
+
 def test_a_recording_may_be_of_any_age():
     engine = BackgroundEngine()
     engine.missed = 3
@@ -198,6 +208,17 @@ def test_prompts_that_the_engine_sets_aside():
         trainer.fit()
     assert trainer.student.trained == [[f"{first[1].prompt_id}/{i}" for i in range(2)]]
     assert trainer.metrics.of("rollout/set_aside") == [1]
+
+
+def test_evaluation_prompts_that_the_engine_sets_aside():
+    engine = BackgroundEngine()
+    engine.set_aside = {"e0"}
+    trainer, _ = make_trainer(0, engine, evaluated=True)
+    assert len(trainer.fit().after.greedy.records) == 1
+    assert trainer.metrics.of("eval/set_aside") == [1] * (NUM_STEPS + 1)
+    engine.set_aside = {"e0", "e1"}
+    with pytest.raises(RolloutError, match="evaluation: the engine set every prompt aside; look"):
+        trainer.evaluate(1)
 
 
 def test_the_figures_of_a_run():

@@ -28,7 +28,7 @@ from megaopd.weight_sync.checksum import Checksums, disagreement, server_name
 from megaopd.weight_sync.disk import PREFIX, DiskCarrier
 from megaopd.weight_sync.distributed import address_towards
 from megaopd.weight_sync.servers import ServerSync
-from megaopd.weight_sync.tensor import TensorCarrier, is_this_host
+from megaopd.weight_sync.tensor import MAX_VALUE_BYTES, TensorCarrier, is_this_host
 from megaopd.weight_sync.transport import MAX_ATTEMPTS, NoServerTookWeights, ServerTransport
 from tests.helpers.fake_sglang import VOCAB, FakeServer
 
@@ -244,6 +244,80 @@ def test_a_server_that_goes_down_is_not_waited_for(servers, monkeypatch):
     ServerSync().sync(Student(), engine, 0)
     assert engine.pool.clients[0].version == 0
     assert client.version == -1
+    engine.close()
+
+
+def test_a_server_that_does_not_answer_is_not_waited_for_longer(servers, monkeypatch):
+    """Although its front end lives: the other ranks wait in a collective meanwhile."""
+    monkeypatch.setattr("megaopd.weight_sync.carrier.WATCH_EVERY_S", 0.02)
+    monkeypatch.setattr("megaopd.weight_sync.carrier.ANSWER_TIMEOUT_S", 0.1)
+    engine = make_engine(servers)
+    update, calls = engine.pool.clients[1].update_from_tensor, []
+
+    async def late_once(*args, **kwargs):
+        calls.append(1)
+        await (asyncio.sleep(3600) if len(calls) == 1 else update(*args, **kwargs))
+
+    engine.pool.clients[1].update_from_tensor = late_once
+    ServerSync().sync(Student(), engine, 0)
+    assert len(calls) == 6
+    assert [client.version for client in engine.pool.clients] == [0, 0]
+    engine.close()
+
+
+def test_a_server_that_was_away_between_two_buckets_does_not_pass(servers, tmp_path):
+    """By files nothing tells it from one that had all of them: it answers every request."""
+    engine = make_engine(servers, carrier=(carrier := KeptFiles(tmp_path)))
+    server, health, write = engine.pool._placement.servers[1], engine.pool._health, carrier._write
+
+    async def away():
+        health.down(server, "for the test")
+        await health._revive(server)
+        assert server.client in engine.pool.up()
+
+    def away_before_the_third(bucket):
+        if len(carrier.seen) == 2:
+            engine.run(away())
+        return write(bucket)
+
+    carrier._write = away_before_the_third
+    student = Student()
+    ServerSync().sync(student, engine, 0)
+    # Noticed, and given all of it once more.
+    assert student.exports == 2
+    updates = [path for path in paths(servers[1]) if path == "/update_weights_from_disk"]
+    assert len(updates) == 10
+    assert [client.version for client in engine.pool.clients] == [0, 0]
+    engine.close()
+
+
+def test_a_restarted_server_that_fails_once_more_ends_nothing(servers):
+    """Only when all that are up have had their attempts in vain there is nothing to wait for."""
+    engine, student, sync = make_engine(servers[:1]), Student(), ServerSync()
+    sync.sync(student, engine, 0)
+    client = engine.pool.clients[0]
+    engine.pool.quarantine(client, "for the test")
+    servers[0].control[TENSOR] = 500
+    for _ in range(MAX_ATTEMPTS - 2):
+        engine.refresh()
+        assert engine.pool.stale() == [client]
+    with pytest.raises(NoServerTookWeights, match="no server that is up could be given version 0"):
+        engine.refresh()
+    assert student.exports == MAX_ATTEMPTS
+    with pytest.raises(NoServerTookWeights):
+        engine.refresh()
+    assert student.exports == MAX_ATTEMPTS
+    engine.close()
+
+
+def test_a_request_with_copies_for_many_ranks_is_no_larger(servers):
+    for server, tp_size in zip(servers, (2, 8), strict=True):
+        server.info = {"tp_size": tp_size}
+    engine, carrier = make_engine(servers), TensorCarrier(by_value=True)
+    one, other = engine.pool.clients
+    assert carrier.max_bytes([one, other]) == MAX_VALUE_BYTES // 8
+    assert carrier.max_bytes([one]) == MAX_VALUE_BYTES // 2
+    assert carrier.max_bytes([]) is None
     engine.close()
 
 

@@ -16,7 +16,7 @@ from megaopd.losses.output import DivergenceOutput
 from megaopd.losses.signals.terms import LossRows, LossSettings, LossTerms
 
 
-def full_divergence(settings: LossSettings, rows: LossRows, signal: HiddenSignal) -> LossTerms:
+def full_objective(settings: LossSettings, rows: LossRows, signal: HiddenSignal) -> LossTerms:
     """Whoever sampled the tokens, the divergence at each position is exact: stale samples need no
     correction."""
     c = settings.config

@@ -27,7 +27,7 @@ from megaopd.losses.vocab_shard import make_shard
 _LEAST_D = -80.0
 
 
-def sampled_divergence(settings: LossSettings, rows: LossRows, signal: TokenSignal) -> LossTerms:
+def sampled_objective(settings: LossSettings, rows: LossRows, signal: TokenSignal) -> LossTerms:
     """The sum's value is the estimate of the divergence, its gradient the estimate of the
     divergence's gradient: not the derivative of that value.
 

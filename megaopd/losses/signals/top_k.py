@@ -14,7 +14,7 @@ from megaopd.losses.signals.terms import LossRows, LossSettings, LossTerms, at_r
 from megaopd.losses.vocab_shard import make_shard
 
 
-def top_k_divergence(settings: LossSettings, rows: LossRows, signal: TopKSignal) -> LossTerms:
+def top_k_objective(settings: LossSettings, rows: LossRows, signal: TopKSignal) -> LossTerms:
     """A lower bound of the full divergence, see `topk`; it is taken at the sampled positions but
     not over the sampled tokens, so stale samples need no correction.
 

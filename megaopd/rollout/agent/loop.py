@@ -81,7 +81,9 @@ class Agent:
             finish_reason = done.finish_reason
             if finish_reason != "stop":
                 break
-            calls = parse_tool_calls(self._tokenizer.decode(list(done.ids)))
+            # Some tokenizers would tidy up spaces, those within arguments too.
+            text = self._tokenizer.decode(list(done.ids), clean_up_tokenization_spaces=False)
+            calls = parse_tool_calls(text)
             if not calls:
                 break
             finish_reason = "length"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeGuard
 
@@ -14,10 +15,9 @@ from megaopd.rollout.sglang.api import (
     CUT,
     BadAnswer,
     GenerateRequest,
-    RequestRejected,
-    ServerBusy,
     as_int,
     parse_version,
+    refusal,
 )
 
 
@@ -30,28 +30,39 @@ class StreamedAnswer:
 
     def __init__(self, incremental: bool) -> None:
         self._incremental = incremental
-        self._ids: list[int] = []
-        self._logprobs: list[Any] = []
+        # What `output_token_logprobs` holds, from the first token on.
+        self._entries: list[Any] = []
         self._last = b""
 
     def feed(self, event: bytes) -> None:
         """Takes the JSON of one event.
 
         Raises:
-            BadAnswer: it is not JSON.
+            BadAnswer: it is not JSON, or its counts do not fit what came before.
         """
         self._last = event
         if self._incremental:
-            answer = load_json(event)
-            meta = answer.get("meta_info", {})
-            self._ids += answer.get("output_ids", [])
-            logprobs = meta.get("output_token_logprobs") or []
-            # Some versions leave the log-probabilities cumulative beside incremental ids.
-            self._logprobs = (
-                logprobs
-                if len(logprobs) == len(self._ids) and len(self._logprobs) < len(logprobs)
-                else self._logprobs + logprobs
-            )
+            with _expected_shape():
+                self._append(load_json(event))
+
+    def _append(self, answer: dict[str, Any]) -> None:
+        if "meta_info" not in answer:
+            # An error, which `read_answer` reads.
+            return
+        meta = answer["meta_info"]
+        new = meta.get("output_token_logprobs") or []
+        # Some versions leave the log-probabilities cumulative beside incremental ids; and whoever
+        # is aborted while it queues is told its last id again. The count is always that of all.
+        total = meta.get("completion_tokens", len(self._entries) + len(new))
+        first = total - len(new) if len(new) < total else 0
+        known = self._entries[first:]
+        new = new[len(new) - (total - first) :]
+        if first > len(self._entries) or _ids(known) != _ids(new[: len(known)]):
+            raise BadAnswer(f"an event of {len(new)} tokens that leaves {total} after others")
+        told = [] if _aborted(meta) else answer.get("output_ids") or []
+        self._entries[first:] = new
+        if told != _ids(self._entries[len(self._entries) - len(told) :]):
+            raise BadAnswer(f"{len(told)} token ids beside log-probabilities of others")
 
     def answer(self) -> dict[str, Any]:
         """All that has come, as one answer; empty if nothing has.
@@ -61,16 +72,33 @@ class StreamedAnswer:
         """
         answer = load_json(self._last) if self._last else {}
         if self._incremental and "meta_info" in answer:
-            meta = {**answer["meta_info"], "output_token_logprobs": self._logprobs}
-            answer = {**answer, "output_ids": self._ids, "meta_info": meta}
+            meta = {**answer["meta_info"], "output_token_logprobs": self._entries}
+            answer = {**answer, "output_ids": _ids(self._entries), "meta_info": meta}
         return answer
+
+
+def _ids(entries: Sequence[Any]) -> list[Any]:
+    return [entry[1] for entry in entries]
+
+
+def _aborted(meta: Mapping[str, Any]) -> bool:
+    return (meta.get("finish_reason") or {}).get("type") == "abort"
+
+
+@contextmanager
+def _expected_shape() -> Iterator[None]:
+    """JSON of another shape than expected is a `BadAnswer`, whatever stumbles over it."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise BadAnswer(f"an answer of another shape ({type(error).__name__}: {error})") from None
 
 
 def load_json(text: bytes | str) -> dict[str, Any]:
     """Raises BadAnswer unless `text` is a JSON object."""
     try:
         answer = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadAnswer(f"an answer that is not JSON ({error})") from None
     if not isinstance(answer, dict):
         raise BadAnswer(f"an answer that is no JSON object ({str(answer)[:80]})")
@@ -101,10 +129,17 @@ def read_answer(
         BadAnswer: counts do not agree, or it ended in a way it should not.
         RolloutError: the model's probabilities are not finite.
     """
+    with _expected_shape():
+        return _read_answer(answer, request, version, finished)
+
+
+def _read_answer(
+    answer: Mapping[str, Any], request: GenerateRequest, version: int, finished: bool
+) -> Completion:
     if "error" in answer:
         error = answer["error"]
         code = as_int(error.get("code")) if isinstance(error, Mapping) else 0
-        raise (ServerBusy if code >= 429 else RequestRejected)(error_text(answer))
+        raise refusal(code, error_text(answer))
     meta = answer.get("meta_info")
     if not isinstance(meta, Mapping):
         raise BadAnswer("an answer without meta_info")
@@ -112,12 +147,26 @@ def read_answer(
     kind = reason.get("type") if isinstance(reason, Mapping) else reason
     status = as_int(reason.get("status_code")) if isinstance(reason, Mapping) else 0
     if kind == "abort" and status >= 400:
-        raise (RequestRejected if status == 400 else ServerBusy)(error_text(reason))
-    ids, logprobs = _tokens(answer, meta, version)
-    versions = _token_versions(meta, len(ids), version)
+        raise refusal(status, error_text(reason))
+    entries = meta.get("output_token_logprobs") or []
+    given, counted = answer.get("output_ids"), meta.get("completion_tokens")
+    if not finished:
+        # Servers go on while they write an event down: its parts may be of different moments.
+        told = [len(part) for part in (entries, given) if part is not None]
+        whole = min([*told, *([] if counted is None else [counted])])
+        entries, counted = entries[:whole], whole
+        given = None if given is None else given[:whole]
     limit, stops = request.params.max_new_tokens, request.params.stop_token_ids
-    if len(ids) > limit:
-        raise BadAnswer(f"{len(ids)} tokens where {limit} were asked for")
+    if len(entries) > limit:
+        raise BadAnswer(f"{len(entries)} tokens where {limit} were asked for")
+    # Servers with a tokenizer give no output_ids before 0.5; with the log-probabilities ids come
+    # always.
+    if given is not None and list(given) != _ids(entries):
+        raise BadAnswer(f"{len(given)} token ids beside log-probabilities of {len(entries)} others")
+    if counted is not None and counted != len(entries):
+        raise BadAnswer(f"{counted} tokens counted, {len(entries)} log-probabilities sent")
+    ids, logprobs = _tokens(entries, version)
+    versions = _token_versions(meta, len(ids), version)
     if not finished or kind == "abort":
         return Completion(ids, logprobs, CUT, versions)
     if kind == "stop" and ids:
@@ -128,24 +177,12 @@ def read_answer(
     raise BadAnswer(f"finish reason {kind!r} after {len(ids)} of {limit} tokens")
 
 
-def _tokens(
-    answer: Mapping[str, Any], meta: Mapping[str, Any], version: int
-) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Ids and log-probabilities, which must agree token by token."""
-    try:
-        entries = [(entry[0], entry[1]) for entry in meta.get("output_token_logprobs") or ()]
-    except (TypeError, IndexError):
-        raise BadAnswer("log-probabilities that are no lists of entries") from None
-    ids = tuple(entry[1] for entry in entries)
-    # Servers with a tokenizer give no output_ids before 0.5; with the log-probabilities ids come
-    # always.
-    given = answer.get("output_ids")
-    if given is not None and tuple(given) != ids:
-        raise BadAnswer(f"{len(given)} token ids beside log-probabilities of {len(ids)} others")
-    counted = meta.get("completion_tokens")
-    if counted is not None and counted != len(ids):
-        raise BadAnswer(f"{counted} tokens counted, {len(ids)} log-probabilities sent")
-    for logprob, _ in entries:
+def _tokens(entries: Sequence[Any], version: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Ids and log-probabilities of the entries of `output_token_logprobs`."""
+    for entry in entries:
+        logprob, token = entry[0], entry[1]
+        if not isinstance(token, int) or isinstance(token, bool):
+            raise BadAnswer(f"a token id that is none ({str(token)[:20]!r})")
         # JSON has no NaN: servers write null.
         if logprob is None or not math.isfinite(logprob):
             raise RolloutError(
@@ -153,7 +190,7 @@ def _tokens(
                 f"weights of version {version} give non-finite probabilities",
                 "restart from an earlier checkpoint with a lower learning rate",
             )
-    return ids, tuple(float(logprob) for logprob, _ in entries)
+    return tuple(_ids(entries)), tuple(float(entry[0]) for entry in entries)
 
 
 def _token_versions(meta: Mapping[str, Any], num_tokens: int, version: int) -> tuple[int, ...]:
@@ -162,9 +199,10 @@ def _token_versions(meta: Mapping[str, Any], num_tokens: int, version: int) -> t
     if spans:
         versions: list[int] = []
         for span in spans:
-            if span["start"] != len(versions):
+            start, end = span["start"], span["end"]
+            if start != len(versions) or not start <= end <= num_tokens:
                 raise BadAnswer("weight versions that leave tokens out")
-            versions += [parse_version(span["version"])] * (span["end"] - span["start"])
+            versions += [parse_version(span["version"])] * (end - start)
         if len(versions) != num_tokens:
             raise BadAnswer(f"weight versions of {len(versions)} tokens beside {num_tokens} tokens")
         return tuple(versions)

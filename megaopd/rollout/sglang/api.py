@@ -45,8 +45,16 @@ class ServerStalled(ServerDown):
     """It accepts requests and makes no progress with them."""
 
 
+class GivenUp(ServerDown):
+    """We ended the request ourselves, as its server went down or lost its weights."""
+
+
 class ServerBusy(ServerFault):
-    """Status 429 or 5xx."""
+    """Status 5xx, or another one that says nothing about the request."""
+
+
+class ServerFull(ServerBusy):
+    """Status 429: it has enough to do; nothing is wrong with it."""
 
 
 class BadAnswer(ServerFault):
@@ -59,6 +67,13 @@ class UpdateFailed(ServerFault):
 
 class RequestRejected(Exception):
     """Status 400: this request will never be answered, other requests may be."""
+
+
+def refusal(status: int, text: str) -> Exception:
+    """What a generation's status other than 200 means; 0 is an error without one."""
+    if status in (0, 400, 413, 422):
+        return RequestRejected(text)
+    return ServerFull(text) if status == 429 else ServerBusy(text)
 
 
 @dataclass(frozen=True)

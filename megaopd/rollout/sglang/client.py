@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import aclosing
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import aiohttp
 
@@ -22,6 +23,7 @@ from megaopd.rollout.sglang.api import (
     BadAnswer,
     Capabilities,
     GenerateRequest,
+    GivenUp,
     RequestRejected,
     ServerBusy,
     ServerDown,
@@ -29,6 +31,7 @@ from megaopd.rollout.sglang.api import (
     generate_body,
     parse_version,
     read_capabilities,
+    refusal,
 )
 from megaopd.rollout.sglang.connection import BadStatus, Connection
 from megaopd.rollout.sglang.control import ServerControl
@@ -36,7 +39,9 @@ from megaopd.rollout.sglang.control import ServerControl
 # Events of a stream are wanted about this often: rarer ones look like a hang when the server slows
 # down, more frequent ones cost it time, as each may repeat all tokens before it.
 EVENT_EVERY_S = 1.0
-FIRST_INTERVAL, MAX_INTERVAL = 8, 256
+MAX_INTERVAL = 256
+# While it is not known how fast a server is, a response may come in so many events.
+MAX_FIRST_EVENTS = 256
 
 
 class ServerClient(ServerControl):
@@ -56,7 +61,6 @@ class ServerClient(ServerControl):
             `update_*` and `end_update` do not set it: whoever updates does, with `version =`, when
             the whole update is done.
         capabilities: after `probe`.
-        given_up: why its requests were given up, empty while they are not.
     """
 
     def __init__(
@@ -72,7 +76,7 @@ class ServerClient(ServerControl):
         connection = Connection(url, session, progress_timeout_s)
         super().__init__(connection, admin_key or api_key, update_timeout_s)
         self.version = UNKNOWN_VERSION
-        self.given_up = ""
+        self._given_up: WeakKeyDictionary[asyncio.Future[Any], str] = WeakKeyDictionary()
         self._api_key = api_key
         self._num_streams = 0
         # Of all streams together, as the last response that ended saw it.
@@ -139,7 +143,8 @@ class ServerClient(ServerControl):
         version = self.version
         # A server refuses an id that it still works on, so every attempt has its own.
         rid = f"megaopd-{uuid.uuid4().hex}"
-        body = generate_body(request, rid, self.capabilities, self._stream_interval())
+        interval = self._stream_interval(request.params.max_new_tokens)
+        body = generate_body(request, rid, self.capabilities, interval)
         streamed = StreamedAnswer(self.capabilities.incremental_stream)
         first = 0.0
         self._num_streams += 1
@@ -155,15 +160,18 @@ class ServerClient(ServerControl):
             fault.partial = _salvage(streamed, request, version)
             raise
         except asyncio.CancelledError:
-            if not self.given_up:
+            task = asyncio.current_task()
+            why = self._given_up.get(task) if task is not None else None
+            if why is None:
                 raise
             partial = _salvage(streamed, request, version)
-            raise ServerDown(f"{self.url}: {self.given_up}", partial) from None
+            raise GivenUp(f"{self.url}: {why}", partial) from None
         finally:
             num_streams, self._num_streams = self._num_streams, self._num_streams - 1
         completion = read_answer(streamed.answer(), request, version)
         elapsed_s = time.monotonic() - first
-        if len(completion.ids) > FIRST_INTERVAL and elapsed_s > 0:
+        # Of a response in one event nothing is known.
+        if len(completion.ids) > interval and elapsed_s > 0:
             self._tokens_per_s = (len(completion.ids) - 1) / elapsed_s * num_streams
         return completion
 
@@ -184,33 +192,32 @@ class ServerClient(ServerControl):
         return answer
 
     def give_up(self, why: str, requests: Iterable[asyncio.Future[Any]]) -> None:
-        """Ends its requests as `ServerDown`, with what they have so far."""
-        self.given_up = why
+        """Ends these requests, tasks that called `generate`, as `GivenUp` with what they have so
+        far."""
         for request in requests:
+            self._given_up[request] = why
             request.cancel()
 
-    def _stream_interval(self) -> int:
+    def _stream_interval(self, max_new_tokens: int) -> int:
         """New tokens between two events: as many as one stream gets in `EVENT_EVERY_S` when all
         share what the server makes, so that it is not too many when their number rises."""
-        if not self._tokens_per_s:
-            return FIRST_INTERVAL
-        each = self._tokens_per_s / (self._num_streams + 1)
-        return max(1, min(int(each * EVENT_EVERY_S), MAX_INTERVAL))
+        if self._tokens_per_s:
+            wanted = int(self._tokens_per_s / (self._num_streams + 1) * EVENT_EVERY_S)
+        else:
+            # It may be slow: short responses are asked for token by token.
+            wanted = max_new_tokens // MAX_FIRST_EVENTS
+        return max(1, min(wanted, MAX_INTERVAL))
 
     async def _get(self, path: str, timeout_s: float) -> tuple[int, dict[str, Any]]:
         return await self._connection.request("GET", path, None, timeout_s, self._api_key)
 
 
 def _fault(status: int, answer: Mapping[str, Any]) -> Exception:
-    """What a status other than 200 of a generation means."""
-    text = f"status {status}: {error_text(answer)}"
-    if status == 429 or status >= 500:
-        return ServerBusy(text)
-    return RequestRejected(text)
+    return refusal(status, f"status {status}: {error_text(answer)}")
 
 
 def _salvage(streamed: StreamedAnswer, request: GenerateRequest, version: int) -> Completion | None:
-    """The tokens of a stream that broke off, None if there are none that can be trusted."""
+    """The tokens of a stream that broke off, None if there are none that can be read."""
     try:
         partial = read_answer(streamed.answer(), request, version, finished=False)
     except (ServerFault, RequestRejected, RolloutError):

@@ -23,6 +23,8 @@ T = TypeVar("T")
 CONNECT_TIMEOUT_S = 5.0
 # Servers close a connection that was idle for 5 s, and a POST on such a one fails.
 KEEP_ALIVE_S = 4.0
+# aiohttp's RuntimeErrors say that a stream or a session was closed while somebody used it.
+BROKEN = (aiohttp.ClientError, OSError, RuntimeError)
 # A request of its own may wait this many times longer than a whole server may be silent.
 LOST_AFTER = 10
 
@@ -114,9 +116,11 @@ class Connection:
                 ) as response,
             ):
                 text = await response.read()
-        except TimeoutError:
-            raise ServerStalled(f"{self.url}{path}: no answer within {timeout_s:g} s") from None
-        except (aiohttp.ClientError, OSError) as error:
+        except BROKEN as error:
+            # A connection that cannot be made in time is one of aiohttp's errors, too.
+            if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ClientError):
+                late = f"{self.url}{path}: no answer within {timeout_s:g} s"
+                raise ServerStalled(late) from None
             raise ServerDown(f"{self.url}{path}: {_reason(error)}") from None
         self._check_key(response.status)
         return response.status, _loosely(text)
@@ -153,9 +157,9 @@ class Connection:
                             return
                         if text:
                             yield text
-        except TimeoutError:
-            raise ServerStalled(f"{self.url}{path}: no progress") from None
-        except (aiohttp.ClientError, OSError) as error:
+        except BROKEN as error:
+            if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ClientError):
+                raise ServerStalled(f"{self.url}{path}: no progress") from None
             raise ServerDown(f"{self.url}{path}: {_reason(error)}") from None
         raise ServerDown(f"{self.url}{path}: the stream ended without its end mark")
 
@@ -194,7 +198,8 @@ class Connection:
             raise RolloutError(
                 self.url,
                 f"the server refuses the key (status {status})",
-                "set the variables named by rollout.sglang.api_key_env and admin_key_env",
+                "set the variables named by rollout.sglang.api_key_env and admin_key_env, "
+                "or teacher.api_key_env",
             )
 
 

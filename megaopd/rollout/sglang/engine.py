@@ -6,41 +6,27 @@ goes on while the trainer computes; results, or the error, are broadcast.
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
-from megaopd.batch import Completion, Prompt, Sample, SamplingParams
+from megaopd.batch import Prompt, Sample, SamplingParams
 from megaopd.config import SGLangConfig
 from megaopd.errors import RolloutError
-from megaopd.logger import get_logger
-from megaopd.rollout.conversation import (
-    Conversation,
-    Converse,
-    mean_metrics,
-    single_turn,
-)
+from megaopd.rollout.conversation import Conversation, Converse, single_turn
 from megaopd.rollout.sampling import check_sampling_params
-from megaopd.rollout.sglang.api import (
-    GenerateRequest,
-    RequestRejected,
-    ServerFault,
-    check_token_ids,
-)
-from megaopd.rollout.sglang.control import MEMORY
+from megaopd.rollout.sglang.api import check_token_ids
+from megaopd.rollout.sglang.colocated import ColocatedMemory
 from megaopd.rollout.sglang.health import ALL_DOWN_S, Endpoint, Restarter
 from megaopd.rollout.sglang.loop import EventLoopThread
 from megaopd.rollout.sglang.pool import ServerPool
 from megaopd.rollout.sglang.ranks import Ranks
-
-logger = get_logger(__name__)
+from megaopd.rollout.sglang.sampler import Answer, Sampler
 
 T = TypeVar("T")
 
@@ -68,16 +54,6 @@ class WeightTransport(Protocol):
     def close(self, engine: SGLangEngine) -> None:
         """Gives up what is shared with servers; on rank 0."""
         ...
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """Instead of a conversation: a server says that the prompt is wrong in itself."""
-
-    why: str
-
-
-Answer = Conversation | Rejected
 
 
 @dataclass(frozen=True)
@@ -144,10 +120,12 @@ class SGLangEngine:
         self._converse = converse
         self.transport = transport
         self._restarter = restarter
-        self._num_rollouts = 0
         self._refresh_at = 0.0
-        self._counted: dict[str, int] = {}
         self._loop: EventLoopThread | None = None
+        # Servers that keep their weights are another's; their memory is none of our business.
+        colocated = config.colocated and transport is not None
+        self._memory = ColocatedMemory() if colocated else None
+        self._sampler: Sampler | None = None
         self._max_request_tokens = self.ranks.on_rank_0(
             lambda: self._connect(endpoints, partial, restarter)
         )
@@ -166,7 +144,9 @@ class SGLangEngine:
             health_interval_s=config.health_interval_s,
             max_retries=config.max_retries,
             partial=partial,
+            settle=self._memory.settle if self._memory else None,
         )
+        self._sampler = Sampler(self.pool, self._converse, self._memory)
         try:
             self.run(self.pool.start())
         except RolloutError:
@@ -193,8 +173,8 @@ class SGLangEngine:
         if self.transport is None:
             raise RolloutError("rollout engine", "it has no way to send weights", "give it one")
         self.weight_version = -1
-        if self._config.colocated and self.ranks.rank == 0:
-            self.run(self._memory(resume=True, tags=("weights",)))
+        if self._memory is not None and self.pool is not None:
+            self.run(self._memory.for_weights(self.pool))
         self.transport.send(self, weights, version)
         self.weight_version = version
 
@@ -218,10 +198,9 @@ class SGLangEngine:
             RolloutError: on every rank alike: bad parameters or prompts, no weights yet.
         """
         self._check(prompts, params)
-        self._num_rollouts += 1
         future = None
-        if self._loop is not None:
-            future = self._loop.submit(self._sample_all(prompts, params, self._num_rollouts))
+        if self._sampler is not None:
+            future = self.submit(self._sampler.sample_all(prompts, params))
         return PendingSamples(self, prompts, params, future)
 
     def finish(self, pending: PendingSamples) -> list[Sample]:
@@ -239,14 +218,16 @@ class SGLangEngine:
 
     def close(self) -> None:
         """Gives up what is under way, closes the connections, stops servers that we started."""
-        if self._loop is not None and self.pool is not None:
-            if self.transport is not None:
-                self.transport.close(self)
-            self.run(self.pool.close())
-            self._loop.close()
-            self._loop = None
-        if self._restarter is not None:
-            self._restarter.stop()
+        try:
+            if self._loop is not None and self.pool is not None:
+                if self.transport is not None:
+                    self.transport.close(self)
+                self.run(self.pool.close())
+                self._loop.close()
+                self._loop = None
+        finally:
+            if self._restarter is not None:
+                self._restarter.stop()
 
     def _check(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
         check_sampling_params(params)
@@ -264,67 +245,10 @@ class SGLangEngine:
 
     # On rank 0.
 
-    async def _sample_all(
-        self, prompts: Sequence[Prompt], params: SamplingParams, rollout: int
-    ) -> list[Answer]:
-        """All responses, ordered by prompt then index."""
-        if self._config.colocated:
-            await self._memory(resume=True, tags=MEMORY)
-        tasks = [
-            asyncio.create_task(self._sample(prompt, index, params, rollout))
-            for prompt in prompts
-            for index in range(params.n)
-        ]
-        try:
-            answers = await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-        if self._config.colocated:
-            await self._memory(resume=False, tags=MEMORY)
-        return answers
-
-    async def _sample(
-        self, prompt: Prompt, index: int, params: SamplingParams, rollout: int
-    ) -> Answer:
-        pool, name = self.pool, f"{prompt.prompt_id}/{index}"
-        assert pool is not None
-        whole = GenerateRequest(
-            input_ids=prompt.token_ids,
-            params=params,
-            seed=sample_seed(params.seed, name),
-            name=f"sample {name}",
-            affinity=(rollout, prompt.prompt_id),
-        )
-
-        async def complete(token_ids: tuple[int, ...], max_new_tokens: int) -> Completion:
-            asked = replace(params, max_new_tokens=max_new_tokens)
-            return await pool.complete(replace(whole, input_ids=token_ids, params=asked))
-
-        try:
-            return await self._converse(complete, prompt, index, params)
-        except RequestRejected as rejected:
-            logger.warning("prompt %s is set aside: %s", prompt.prompt_id, rejected)
-            return Rejected(str(rejected))
-
-    async def _memory(self, *, resume: bool, tags: Sequence[str]) -> None:
-        """Takes or gives back the memory of colocated servers."""
-        assert self.pool is not None
-        for client in self.pool.up():
-            kept = client.capabilities.keeps_weights or resume
-            kinds = [tag for tag in tags if kept or tag != "weights"]
-            try:
-                if resume:
-                    await client.resume_memory(kinds)
-                else:
-                    await client.release_memory(kinds)
-            except ServerFault as fault:
-                self.pool.quarantine(client, f"its memory is in an unknown state ({fault})")
-
     def _await_news(self, pending: PendingSamples) -> tuple[str, Any]:
         """Waits until the other ranks have something to hear: (kind, value)."""
         future, pool = pending.future, self.pool
-        if future is None or pool is None:
+        if future is None or pool is None or self._sampler is None:
             return "", None
         until = time.monotonic() + SIGN_OF_LIFE_S
         fed_at = time.monotonic()
@@ -334,7 +258,7 @@ class SGLangEngine:
                     answers = future.result()
                 except RolloutError as error:
                     return "failed", error
-                return "done", (answers, self._count(answers, pending.params))
+                return "done", (answers, self._sampler.metrics(answers, pending.params))
             if self.refresh is not None and pool.stale() and time.monotonic() >= self._refresh_at:
                 self._refresh_at = time.monotonic() + REFRESH_EVERY_S
                 return "refresh", None
@@ -344,19 +268,6 @@ class SGLangEngine:
                 found = f"none that is up has the weights of version {pool.version}"
                 return "failed", RolloutError("rollout servers", found, "look at their logs")
         return "wait", None
-
-    def _count(self, answers: Sequence[Answer], params: SamplingParams) -> dict[str, float]:
-        """What happened since the last result."""
-        assert self.pool is not None
-        counters, before = dict(self.pool.counters), self._counted
-        self._counted = counters
-        metrics = {
-            f"rollout/{name}": float(counters.get(name, 0) - before.get(name, 0))
-            for name in ("retries", "cuts", "servers_lost")
-        }
-        aside = {i // params.n for i, answer in enumerate(answers) if isinstance(answer, Rejected)}
-        good = [answer for answer in answers if isinstance(answer, Conversation)]
-        return {**metrics, **mean_metrics(good), "rollout/set_aside": float(len(aside))}
 
     # On every rank.
 
@@ -369,12 +280,6 @@ class SGLangEngine:
             if len(good) == n:
                 samples += [c.sample(prompt, i, version) for i, c in enumerate(good)]
         return samples
-
-
-def sample_seed(seed: int, name: str) -> int:
-    """The seed of one sample: 31 bits of the rollout's seed and the sample's name."""
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def _times_out(future: Future[Any]) -> bool:

@@ -6,13 +6,19 @@ version knows. An empty last alternative makes the option one that a version may
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+from megaopd.errors import RolloutError
 
 Option = list[list[str]]
 
 SECRET_FLAGS = {"api": "--api-key", "admin": "--admin-api-key"}
 """Key -> the flag that takes it; versions before 0.5.8 have no admin key."""
+
+
+OUR_FLAGS = ("--host", "--port", *SECRET_FLAGS.values())
+"""Where a server listens and who may talk to it is not for `ServerSpec.args` to say."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,7 @@ class ServerSpec:
 
     Attributes:
         model_path: Hugging Face directory, with the weights that it starts from.
+        has_weights: whether there are any; without them it starts from random numbers.
         host: the address that it listens on, loopback or of a private interface.
         device: "cuda" or "cpu".
         dtype: "fp32" or "bf16", of weights and activations.
@@ -42,6 +49,17 @@ class ServerSpec:
     colocated: bool = False
     seed: int = 0
     args: tuple[str, ...] = ()
+    has_weights: bool = True
+
+
+def check_args(args: Sequence[str]) -> None:
+    """Raises RolloutError if one of these arguments is ours, or an abbreviation of ours."""
+    for word in args:
+        flag = word.split("=")[0]
+        if flag.startswith("--") and any(ours.startswith(flag) for ours in OUR_FLAGS):
+            raise RolloutError(
+                "rollout.sglang.args", f"{flag} is set by us", "take it out; see docs/security.md"
+            )
 
 
 def server_options(spec: ServerSpec, port: int) -> list[Option]:
@@ -57,7 +75,11 @@ def server_options(spec: ServerSpec, port: int) -> list[Option]:
         [["--skip-tokenizer-init"]],
         # One line of log per request is too many.
         [["--log-level-http", "warning"]],
+        # Else every event of a stream repeats all tokens before it.
+        [["--incremental-streaming-output"], ["--stream-output"], []],
     ]
+    if not spec.has_weights:
+        common.append([["--load-format", "dummy"]])
     return common + DEVICE_OPTIONS[spec.device](spec)
 
 
@@ -86,6 +108,8 @@ def _cpu_options(spec: ServerSpec) -> list[Option]:
         [["--disable-overlap-schedule"]],
         # Without a bound the cache of keys and values takes most of the machine's memory.
         [["--max-total-tokens", "16384"]],
+        # The prompts of many requests at once would keep it silent for longer than a hang may last.
+        [["--chunked-prefill-size", "1024"]],
         [["--max-running-requests", "64"]],
     ]
 

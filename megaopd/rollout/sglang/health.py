@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from megaopd.errors import RolloutError
@@ -24,6 +24,8 @@ logger = get_logger(__name__)
 
 # Two of these in a row make a server down; with the interval between checks well below 15 s.
 HEALTH_TIMEOUT_S = 4.0
+# The same while it is paused for a weight update, of which it may be parsing 100 MB at a time.
+UPDATE_TIMEOUT_S = 30.0
 # A server that has just made tokens is not asked whether it lives.
 PROOF_OF_LIFE_S = 3.0
 # In this time a server that was down has to make a token before it is trusted again.
@@ -70,7 +72,8 @@ class HealthWatch:
 
     Args:
         placement: whose servers are watched.
-        connect: makes the client of a server that was restarted.
+        open_client: makes the client of a server that was restarted, and sees that it is ready.
+        settle: what is done with a server that came back, see `ServerPool`; None is nothing.
         restarter: restarts servers that are down; None waits until somebody else does.
         interval_s: between two checks of a server.
         counters: "servers_lost" and "servers_back" are counted here.
@@ -79,13 +82,15 @@ class HealthWatch:
     def __init__(
         self,
         placement: Placement,
-        connect: Callable[[Endpoint], ServerClient],
+        open_client: Callable[[Endpoint], Awaitable[ServerClient]],
+        settle: Callable[[ServerClient], Awaitable[None]] | None,
         restarter: Restarter | None,
         interval_s: float,
         counters: Counter[str],
     ) -> None:
         self._placement = placement
-        self._connect = connect
+        self._open = open_client
+        self._settle = settle
         self._restarter = restarter
         self._interval_s = interval_s
         self._counters = counters
@@ -129,16 +134,14 @@ class HealthWatch:
         server.doubt.clear()
         if not doubted and server.client.silent_s < PROOF_OF_LIFE_S:
             return True
-        return await server.client.alive(HEALTH_TIMEOUT_S) or await server.client.alive(
-            HEALTH_TIMEOUT_S
-        )
+        timeout_s = UPDATE_TIMEOUT_S if server.client.paused else HEALTH_TIMEOUT_S
+        return await server.client.alive(timeout_s) or await server.client.alive(timeout_s)
 
     async def _restart(self, server: Server, restarter: Restarter) -> None:
         server.state = State.RESTARTING
         try:
             endpoint = await asyncio.to_thread(restarter.restart, server.index)
-            client = self._connect(endpoint)
-            await client.probe()
+            client = await self._open(endpoint)
         except (RolloutError, ServerFault) as error:
             logger.warning("rollout server %d did not restart: %s", server.index, error)
             retired = server.index in restarter.retired
@@ -153,13 +156,18 @@ class HealthWatch:
         try:
             if not await client.alive(HEALTH_TIMEOUT_S):
                 return
+            # An update that it did not survive may have paused it.
+            if client.paused and not self._placement.held:
+                await client.continue_()
             # Without its memory it could not; it is then believed.
             if not client.released and not await client.generates(REVIVAL_TIMEOUT_S):
                 return
             capabilities = await client.probe()
             known = capabilities.stamps_versions
             if not known or await client.served_version() != client.version:
-                client.version = UNKNOWN_VERSION
+                client.version, client.released = UNKNOWN_VERSION, frozenset()
+            if self._settle is not None:
+                await self._settle(client)
         except (RolloutError, ServerFault) as error:
             logger.warning("rollout server %s is not back: %s", client.url, error)
             return
@@ -168,7 +176,6 @@ class HealthWatch:
     def _up(self, server: Server) -> None:
         logger.info("rollout server %s is back", server.client.url)
         self._counters["servers_back"] += 1
-        server.client.given_up = ""
         server.faults = 0
         server.doubt.clear()
         server.state = State.UP

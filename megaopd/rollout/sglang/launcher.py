@@ -8,7 +8,7 @@ version does not know are replaced by what it does know; and the process dies wi
 Protocol: one JSON object on standard input, ``{"parent": pid, "options": [...], "args": [...],
 "secrets": {...}}`` (see `megaopd.rollout.sglang.flags`); one JSON line on standard output,
 ``{"version": ..., "argv": [...], "secrets": [...]}``: the version, the arguments without the keys,
-and the secret flags that the server takes. After it standard output is standard error: the log. Its
+and the secret flags that the server takes. All other output goes to standard error: the log. Its
 own command line is not looked at.
 """
 
@@ -80,6 +80,9 @@ def redact_log(secrets: list[str]) -> None:
 def main() -> None:
     order = json.loads(sys.stdin.readline())
     die_with(order["parent"])
+    # Whatever else is printed, by an import say, belongs to the log.
+    report_to = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     # The server's modules are looked up by name; those that lie beside this file are not meant.
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != here]
@@ -87,10 +90,11 @@ def main() -> None:
     secrets = {flag: key for flag, key in order["secrets"].items() if flag in known}
     argv = choose(order["options"], known) + order["args"]
     report = {"version": version("sglang"), "argv": argv, "secrets": list(secrets)}
-    print(json.dumps(report), flush=True)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    with os.fdopen(report_to, "w") as line:
+        print(json.dumps(report), file=line)
     redact_log(list(secrets.values()))
-    with_secrets = [word for pair in secrets.items() for word in pair]
+    # In one word: a random key may begin like an option.
+    with_secrets = [f"{flag}={key}" for flag, key in secrets.items()]
     sys.argv = ["sglang.launch_server", *argv, *with_secrets]
     runpy.run_module("sglang.launch_server", run_name="__main__")
 

@@ -55,6 +55,11 @@ class _Waiter:
     avoid: str
     placed: asyncio.Future[Server]
 
+    def has_server(self) -> bool:
+        """Whether it was placed, and neither cancelled nor failed before."""
+        done = self.placed.done() and not self.placed.cancelled()
+        return done and self.placed.exception() is None
+
 
 class Placement:
     """First come, first served; to the server that has the prefix, else to the least loaded.
@@ -89,17 +94,22 @@ class Placement:
         Raises:
             RolloutError: `fail` was called.
         """
-        if self._failure is not None:
-            raise self._failure
-        waiter = _Waiter(tokens, affinity, avoid, asyncio.get_running_loop().create_future())
-        self._waiters.append(waiter)
-        self.dispatch()
-        try:
-            return await waiter.placed
-        except asyncio.CancelledError:
-            if waiter.placed.done() and not waiter.placed.cancelled():
-                self.leave(waiter.placed.result(), tokens)
-            raise
+        while True:
+            if self._failure is not None:
+                raise self._failure
+            waiter = _Waiter(tokens, affinity, avoid, asyncio.get_running_loop().create_future())
+            self._waiters.append(waiter)
+            self.dispatch()
+            try:
+                server = await waiter.placed
+            except asyncio.CancelledError:
+                if waiter.has_server():
+                    self.leave(waiter.placed.result(), tokens)
+                raise
+            # Since it was placed the server may have gone down, or been quarantined.
+            if self._takes_requests(server):
+                return server
+            self.leave(server, tokens)
 
     def leave(self, server: Server, tokens: int) -> None:
         """Gives the room of a request back."""
@@ -141,21 +151,21 @@ class Placement:
 
     @property
     def num_waiting(self) -> int:
-        """Requests without a server."""
-        return sum(not waiter.placed.done() for waiter in self._waiters)
+        """Requests without a server; may be asked from any thread."""
+        return len(self._waiters)
 
     def is_current(self, server: Server) -> bool:
         """Whether its weights are those that samples must come from."""
         return self.version is None or server.client.version == self.version
 
+    def _takes_requests(self, server: Server) -> bool:
+        return not self.held and server.state is State.UP and self.is_current(server)
+
     def _choose(self, waiter: _Waiter) -> Server | None:
-        if self.held:
-            return None
         with_room = [
             s
             for s in self.servers
-            if s.state is State.UP
-            and self.is_current(s)
+            if self._takes_requests(s)
             # What is larger than all room goes alone.
             and (s.tokens == 0 or s.tokens + waiter.tokens <= self._capacity(s))
         ]

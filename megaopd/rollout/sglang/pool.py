@@ -14,7 +14,6 @@ weights travel is not known here. Whoever updates them goes through these steps:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Hashable, Sequence
@@ -26,14 +25,14 @@ import aiohttp
 from megaopd.batch import Completion
 from megaopd.errors import RolloutError
 from megaopd.logger import get_logger
-from megaopd.rollout.sglang.answers import append, is_whole, settled
+from megaopd.rollout.sglang.answers import is_whole
 from megaopd.rollout.sglang.api import (
-    CUT,
     UNKNOWN_VERSION,
-    BadAnswer,
     GenerateRequest,
+    GivenUp,
     ServerDown,
     ServerFault,
+    ServerFull,
     ServerStalled,
     check_token_ids,
 )
@@ -41,6 +40,7 @@ from megaopd.rollout.sglang.client import ServerClient
 from megaopd.rollout.sglang.connection import new_session
 from megaopd.rollout.sglang.health import Endpoint, HealthWatch, Restarter
 from megaopd.rollout.sglang.placement import Placement, Server, State
+from megaopd.rollout.sglang.response import Response
 
 logger = get_logger(__name__)
 
@@ -49,6 +49,8 @@ T = TypeVar("T")
 # Faults of one server in a row, without one success, that make it down.
 MAX_FAULTS = 8
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.5, 8.0
+# Apart from the random numbers of the trainer's thread.
+_jitter = random.Random()
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class ServerPool:
         max_retries: times that a failed request is sent again.
         partial: whether a response that was cut may go on under other weights; if not, it starts
             again.
+        settle: what is done with every server that comes, or comes back, before it is used.
 
     Attributes:
         counters: "retries", "cuts", "servers_lost", "servers_back" since the start.
@@ -89,6 +92,7 @@ class ServerPool:
         health_interval_s: float = 3.0,
         max_retries: int = 5,
         partial: bool = True,
+        settle: Callable[[ServerClient], Awaitable[None]] | None = None,
     ) -> None:
         self.counters: Counter[str] = Counter()
         self._endpoints = endpoints
@@ -96,9 +100,10 @@ class ServerPool:
         self._progress_timeout_s = progress_timeout_s
         self._max_retries = max_retries
         self._partial = partial
+        self._settle = settle
         self._placement = Placement(max_tokens_in_flight)
         self._health = HealthWatch(
-            self._placement, self._connect, restarter, health_interval_s, self.counters
+            self._placement, self._open, settle, restarter, health_interval_s, self.counters
         )
         self._watch: asyncio.Task[None] | None = None
         self._session: aiohttp.ClientSession | None = None
@@ -110,9 +115,8 @@ class ServerPool:
             RolloutError: one of them does not answer, or refuses our key.
         """
         for index, endpoint in enumerate(self._endpoints):
-            client = self._connect(endpoint)
             try:
-                await client.probe()
+                client = await self._open(endpoint)
             except ServerFault as fault:
                 await self.close()
                 remedy = "start it, or correct rollout.urls"
@@ -135,8 +139,8 @@ class ServerPool:
         """Stops watching and closes all connections, which ends the requests on them."""
         if self._watch is not None:
             self._watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watch
+            # What broke it was told when it did.
+            await asyncio.gather(self._watch, return_exceptions=True)
         self._placement.fail(RolloutError("rollout servers", "closed", "ask no more of them"))
         if self._session is not None:
             await self._session.close()
@@ -154,28 +158,28 @@ class ServerPool:
         """
         check_token_ids(request.input_ids, self._vocab_size, request.name)
         self._check_length(request)
-        done: Completion | None = None
-
-        async def go_on(client: ServerClient) -> None:
-            nonlocal done
-            if is_whole(done):
-                return
-            # Only now is it known which weights go on with it.
-            if done is not None and not self._may_go_on(done):
-                done = None
-            try:
-                part = await self._generate(client, request.rest(done))
-            except ServerFault as fault:
-                done = settled(append(done, fault.partial), request)
-                raise
-            done = settled(append(done, part), request)
-
-        while not is_whole(done):
+        response = Response(
+            request,
+            vocab_size=self._vocab_size,
+            published=lambda: self.version,
+            partial=self._partial,
+            counters=self.counters,
+        )
+        num_empty = 0
+        while not is_whole(response.done):
+            before = response.done
             await self.ask(
-                go_on, tokens=request.num_tokens, affinity=request.affinity, name=request.name
+                response.go_on,
+                tokens=request.num_tokens,
+                affinity=request.affinity,
+                name=request.name,
             )
-        assert done is not None
-        return done
+            got_on = response.done != before and response.done is not None and response.done.ids
+            num_empty = 0 if got_on else num_empty + 1
+            if num_empty > self._max_retries:
+                found = f"was aborted {num_empty} times in a row before it had a token"
+                raise RolloutError(request.name, found, "see who aborts requests on the servers")
+        return response.done
 
     async def ask(
         self,
@@ -210,7 +214,7 @@ class ServerPool:
                         "look at the servers' logs",
                     ) from None
                 backoff_s = min(FIRST_BACKOFF_S * 2 ** (failures - 1), MAX_BACKOFF_S)
-                await asyncio.sleep(backoff_s * random.uniform(0.5, 1))
+                await asyncio.sleep(backoff_s * _jitter.uniform(0.5, 1))
 
     async def run(
         self,
@@ -233,7 +237,6 @@ class ServerPool:
         """
         server = await self._placement.enter(tokens, affinity, avoid)
         client = server.client
-        client.given_up = ""
         task = asyncio.ensure_future(work(client))
         server.work.add(task)
         try:
@@ -244,14 +247,12 @@ class ServerPool:
                 # The caller does not want it any more.
                 task.cancel()
                 raise asyncio.CancelledError from None
-            if isinstance(error, ServerFault):
-                fault = error
-            elif client.given_up:
-                fault = ServerDown(f"{client.url}: {client.given_up}")
-            else:
-                raise
+            # Whoever else cancels it has given the server up.
+            given_up = GivenUp(f"{client.url}: its requests were given up")
+            fault = error if isinstance(error, ServerFault) else given_up
             fault.url = client.url
-            self._blame(server, fault)
+            if server.client is client:
+                self._blame(server, fault)
             raise fault from None
         finally:
             server.work.discard(task)
@@ -259,32 +260,10 @@ class ServerPool:
         server.faults = 0
         return result
 
-    async def _generate(self, client: ServerClient, request: GenerateRequest) -> Completion:
-        """One piece of a response, of weights that may sample.
-
-        Raises:
-            BadAnswer: no tokens of our vocabulary, or not of the weights that the server should
-                have: somebody restarted it, say.
-        """
-        expected = client.version
-        part = await client.generate(request)
-        if self.version is not None and min(part.versions, default=expected) < expected:
-            client.version = UNKNOWN_VERSION
-            raise BadAnswer(f"{client.url}: version {min(part.versions)} sampled, not {expected}")
-        if max(part.ids, default=0) >= self._vocab_size or min(part.ids, default=0) < 0:
-            raise BadAnswer(f"{client.url}: token ids outside the vocabulary")
-        if part.finish_reason == CUT:
-            self.counters["cuts"] += 1
-            if not part.ids:
-                # Before its first token: somebody aborts all there is.
-                await asyncio.sleep(FIRST_BACKOFF_S)
-        return part
-
-    def _may_go_on(self, done: Completion) -> bool:
-        return self._partial or set(done.versions) <= {self.version}
-
     def _blame(self, server: Server, fault: ServerFault) -> None:
         """Draws the consequences of a fault for its server."""
+        if isinstance(fault, GivenUp | ServerFull):
+            return
         server.faults += 1
         silent = server.client.silent_s > self._progress_timeout_s / 2
         if isinstance(fault, ServerStalled) and silent:
@@ -364,13 +343,22 @@ class ServerPool:
             if server.client is client:
                 client.give_up(why, server.work)
 
-    def _connect(self, endpoint: Endpoint) -> ServerClient:
+    async def _open(self, endpoint: Endpoint) -> ServerClient:
+        """A client that knows its server, which is ready to be used.
+
+        Raises:
+            ServerFault, RolloutError: see `ServerClient.probe` and `settle`.
+        """
         if self._session is None:
             self._session = new_session()
-        return ServerClient(
+        client = ServerClient(
             endpoint.url,
             api_key=endpoint.api_key,
             admin_key=endpoint.admin_key,
             session=self._session,
             progress_timeout_s=self._progress_timeout_s,
         )
+        await client.probe()
+        if self._settle is not None:
+            await self._settle(client)
+        return client

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import http.client
 import json
 import os
 import secrets
 import selectors
-import shutil
 import signal
 import subprocess
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,8 +33,10 @@ from megaopd.rollout.sglang.flags import (
     DEVICE_ENVIRONMENT,
     SECRET_FLAGS,
     ServerSpec,
+    check_args,
     server_options,
 )
+from megaopd.rollout.sglang.scratch import make_scratch, note_shared_memory, remove_scratch
 
 logger = get_logger(__name__)
 
@@ -89,8 +92,7 @@ class SGLangServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._reported = b""
         self._started_at = 0.0
-        self._scratch = ""
-        self._shared_memory: set[str] = set()
+        self._scratch: Path | None = None
 
     @property
     def pid(self) -> int | None:
@@ -105,9 +107,11 @@ class SGLangServer:
         """Starts the process and returns at once; `wait_ready` says when it serves.
 
         Raises:
-            RolloutError: the address is open to the world, or the interpreter cannot be run.
+            RolloutError: the address is open to the world, the arguments contain what we set, or
+                the interpreter cannot be run.
         """
         self.stop()
+        check_args(self.spec.args)
         check_not_public(self.spec.host)
         port = free_port(self.spec.host)
         host = f"[{self.spec.host}]" if ":" in self.spec.host else self.spec.host
@@ -125,17 +129,17 @@ class SGLangServer:
         self._started_at = time.monotonic()
         self._reported = b""
         # Its sockets take pickled objects: they lie where no other user of this host gets at them.
-        self._scratch = tempfile.mkdtemp(prefix="sglang-")
-        self._process = _starter.submit(self._spawn).result()
-        assert self._process.stdin is not None
+        self._scratch = make_scratch()
+        self._process = process = _starter.submit(self._spawn, self._scratch).result()
+        assert process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(order).encode() + b"\n")
-            self._process.stdin.close()
+            process.stdin.write(json.dumps(order).encode() + b"\n")
+            process.stdin.close()
         except BrokenPipeError:
             # It has ended already; wait_ready finds out and says why.
             pass
 
-    def _spawn(self) -> subprocess.Popen[bytes]:
+    def _spawn(self, scratch: Path) -> subprocess.Popen[bytes]:
         log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             return subprocess.Popen(
@@ -144,7 +148,7 @@ class SGLangServer:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=_environment(self.spec, self._scratch, (self.api_key, self._own_admin_key)),
+                env=_environment(self.spec, scratch, (self.api_key, self._own_admin_key)),
                 start_new_session=True,
             )
         except OSError as error:
@@ -160,7 +164,8 @@ class SGLangServer:
         """Waits until the server answers, and only to those who have the key.
 
         Raises:
-            RolloutError: it ended or was stopped, took longer than the limit, or answers everyone.
+            RolloutError: it ended or was stopped, took longer than the limit, lost its port to
+                another process, or answers everyone.
         """
         deadline = self._started_at + self._start_timeout_s
         while not (self._read_report() and self._is_healthy()):
@@ -171,6 +176,9 @@ class SGLangServer:
                 self.stop()
                 raise self._error(f"was not ready after {self._start_timeout_s:.0f} s")
             time.sleep(0.1)
+        if not self._listens():
+            self.stop()
+            raise self._error("is not who answers at its port: another process took it")
         for key, expected in (("", 401), (self.api_key, 200)):
             status = self._model_info_status(key)
             if status != expected:
@@ -178,7 +186,8 @@ class SGLangServer:
                 whom = "the right key" if key else "no key"
                 raise self._error(f"answers {status} to {whom}, not {expected}")
         self.start_s = time.monotonic() - self._started_at
-        self._shared_memory = _shared_memory_of(self._family())
+        if self._scratch is not None:
+            note_shared_memory(self._scratch, _shared_memory_of(self._family()))
         logger.info(
             "sglang server %d: version %s at %s, ready after %.1f s, log %s",
             *(self.index, self.version, self.url, self.start_s, self.log),
@@ -194,13 +203,18 @@ class SGLangServer:
         # Of those that left the group only the parent knows.
         family = self._family()
         process, self._process = self._process, None
+        scratch, self._scratch = self._scratch, None
         if process is None:
+            if scratch is not None:
+                # It could not be started.
+                remove_scratch(scratch)
             return
         if process.stdout is not None:
             process.stdout.close()
         if grace_s is None:
             grace_s = 10.0 if self.spec.device == "cuda" else 0.0
-        leftovers = self._shared_memory | _shared_memory_of(family)
+        if scratch is not None:
+            note_shared_memory(scratch, _shared_memory_of(family))
         if grace_s > 0 and process.poll() is None:
             process.terminate()
             try:
@@ -214,10 +228,9 @@ class SGLangServer:
                 member.kill()
         process.wait()
         psutil.wait_procs(family, timeout=10)
-        # It leaves both behind even when it stops by itself.
-        for path in leftovers:
-            Path(path).unlink(missing_ok=True)
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        if scratch is not None:
+            # It leaves files behind even when it stops by itself.
+            remove_scratch(scratch)
 
     def _family(self) -> list[psutil.Process]:
         """The server's process and all that it started, as far as they live."""
@@ -256,8 +269,19 @@ class SGLangServer:
         try:
             with _http.open(f"{self.url}/health", timeout=10):
                 return True
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return False
+
+    def _listens(self) -> bool:
+        """Whether it is this server that listens at the port, which others may take before it, to
+        be told its keys."""
+        port = urllib.parse.urlsplit(self.url).port
+        for member in self._family():
+            with contextlib.suppress(psutil.Error):
+                for socket in member.net_connections("tcp"):
+                    if socket.status == psutil.CONN_LISTEN and socket.laddr.port == port:
+                        return True
+        return False
 
     def _model_info_status(self, key: str) -> int:
         """The HTTP status of the model's description; 0 where there is no answer."""
@@ -272,7 +296,7 @@ class SGLangServer:
                     status = answer.status
             except urllib.error.HTTPError as error:
                 status = error.code
-            except OSError:
+            except (OSError, http.client.HTTPException):
                 status = 0
             if status != 404:
                 break
@@ -298,7 +322,7 @@ _RANK_VARIABLES = {
 }  # fmt: skip
 
 
-def _environment(spec: ServerSpec, scratch: str, keys: tuple[str, ...]) -> dict[str, str]:
+def _environment(spec: ServerSpec, scratch: Path, keys: tuple[str, ...]) -> dict[str, str]:
     """This process's environment without its rank, its search path and any variable with a key;
     temporary files go to `scratch`, compiled kernels where they always go."""
     environment = {
@@ -313,7 +337,7 @@ def _environment(spec: ServerSpec, scratch: str, keys: tuple[str, ...]) -> dict[
     environment["PATH"] = beside + os.pathsep + environment.get("PATH", os.defpath)
     kernels = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
     environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kernels))
-    return environment | {"TMPDIR": scratch} | dict(DEVICE_ENVIRONMENT[spec.device])
+    return environment | {"TMPDIR": str(scratch)} | dict(DEVICE_ENVIRONMENT[spec.device])
 
 
 def _shared_memory_of(processes: list[psutil.Process]) -> set[str]:

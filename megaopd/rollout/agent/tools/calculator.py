@@ -1,7 +1,8 @@
 """A calculator with a parser of its own: no Python expression is ever evaluated.
 
-Arithmetic is exact, on fractions. What an expression can cost is bounded by its length, by the
-depth of its parentheses and by the size of every intermediate value.
+Arithmetic is exact, on fractions; roots, fractional powers, pi and e have a float's digits. What an
+expression can cost is bounded by its length, by the depth of its parentheses and by the size of
+every intermediate value.
 """
 
 from __future__ import annotations
@@ -54,11 +55,11 @@ def _as_text(value: Fraction) -> str:
 
 def _tokens(expression: str) -> list[tuple[str, str]]:
     """(kind, text) of each token, and an end."""
-    tokens, position = [], 0
-    while position < len(expression.rstrip()):
-        match = _TOKEN.match(expression, position)
+    tokens, position, text = [], 0, expression.rstrip()
+    while position < len(text):
+        match = _TOKEN.match(text, position)
         if match is None or match.lastgroup is None:
-            found = expression[position:].strip()[:10]
+            found = text[position:].strip()[:10]
             raise ToolError(f"cannot read the expression at {found!r}")
         tokens.append((match.lastgroup, match[match.lastgroup]))
         position = match.end()

@@ -2,8 +2,8 @@
 
 The file is opened read-only, and an authorizer lets statements read tables and call functions of a
 list, nothing else: no other file, no pragma, no extension, no write. Time, rows, the length of
-values and SQLite's memory are bounded. Whether the data itself may be shown to the student is for
-whoever names the database.
+values and of the whole result, and SQLite's memory are bounded. Whether the data itself may be
+shown to the student is for whoever names the database.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -19,14 +20,21 @@ from megaopd.errors import ConfigError
 from megaopd.rollout.agent.tools.tool import Tool, ToolError
 
 MAX_ROWS = 100
+# Of a result: rows are read until they are longer together. 200 columns of long values in 100 rows
+# would be hundreds of megabytes.
+MAX_RESULT_CHARS = 1 << 20
 MAX_SQL_LENGTH = 10_000
 # Of a text or blob, intermediate ones too. A function that searches one text in another takes up to
 # the product of their lengths, and nothing stops it on the way.
 MAX_VALUE_BYTES = 32 << 10
-# SQLite's own, of the whole process.
+# SQLite's own, of the whole process. It also ends statements that grow exponentially while they are
+# compiled, when older versions than 3.41 do not look at the clock: after 1 to 3 s.
 MAX_HEAP_BYTES = 256 << 20
 # Virtual machine instructions between two looks at the clock.
 CLOCK_INTERVAL = 200
+# Queries at a time; others wait, on their own time. Threads of their own: those of the event loop
+# send requests to servers.
+NUM_THREADS = 16
 
 _LIMITS = {
     sqlite3.SQLITE_LIMIT_LENGTH: MAX_VALUE_BYTES,
@@ -63,6 +71,8 @@ _FUNCTIONS = (
 )
 FUNCTIONS = frozenset(name for names in _FUNCTIONS for name in names.split())
 
+_threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="sqlite")
+
 
 def _authorize(
     action: int, first: str | None, second: str | None, database: str | None, source: str | None
@@ -75,7 +85,7 @@ def _authorize(
 
 def query(database: str, sql: str, timeout_s: float) -> str:
     """The result of one SELECT: a line of column names, then at most `MAX_ROWS` lines of values,
-    separated by `|`.
+    separated by `|`; fewer where they are long. A last line says that there are more.
 
     Raises:
         ToolError: SQLite's own message, a statement that does not read, or one that is too slow or
@@ -88,23 +98,27 @@ def query(database: str, sql: str, timeout_s: float) -> str:
             cursor = connection.execute(sql)
             if cursor.description is None:
                 raise ToolError("the statement returns no rows; write a SELECT")
-            names = [column[0] for column in cursor.description]
-            rows = cursor.fetchmany(MAX_ROWS + 1)
+            lines = ["|".join(column[0] for column in cursor.description)]
+            num_chars = 0
+            for row in cursor:
+                if len(lines) > MAX_ROWS or num_chars > MAX_RESULT_CHARS:
+                    lines.append(f"(more than {len(lines) - 1} rows)")
+                    break
+                lines.append("|".join(map(_as_text, row)))
+                num_chars += len(lines[-1])
     except MemoryError:
         raise ToolError("the query needs too much memory") from None
     except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:
         if time.monotonic() > deadline:
             raise ToolError(f"the query took longer than {timeout_s:g} s") from None
         raise ToolError(" ".join(str(error).split())[:200]) from None
-    lines = ["|".join(map(_as_text, row)) for row in (names, *rows[:MAX_ROWS])]
-    if len(rows) > MAX_ROWS:
-        lines.append(f"(more than {MAX_ROWS} rows)")
     return "\n".join(lines)
 
 
 async def sqlite(config: AgentConfig, *, sql: str) -> str:
     # A thread cannot be cancelled: it keeps the time itself.
-    return await asyncio.to_thread(query, config.database, sql, config.tool_timeout_s)
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(_threads, query, config.database, sql, config.tool_timeout_s)
 
 
 def _open(database: str) -> sqlite3.Connection:

@@ -1,0 +1,124 @@
+"""Python processes that start in a moment: they are forked from a server that has imported torch,
+Megatron-Core and this project once, where `python -m` and spawned processes import them anew."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+# torchrun ends the other ranks at once; an error that all agree on is said by rank 0.
+GRACE_S = 5.0
+
+
+def process_context() -> Any:
+    """The multiprocessing context for processes that use torch. Its server ends with the test run.
+
+    A server that has met a GPU cannot be forked: there, processes are spawned.
+    """
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.helpers.preloaded"])
+    return context
+
+
+def run_module(
+    module: str, argv: Sequence[str], num_ranks: int = 1, timeout_s: float = 60, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """`python -m module argv` from the repository's root; with `num_ranks` above 1 that many of
+    them, with the environment that torchrun gives to its ranks.
+
+    Nothing of it outlives the call: each rank has a process group of its own, which is killed.
+
+    Returns:
+        what all ranks wrote, and the status of the one that failed first, or 0.
+
+    Raises:
+        subprocess.TimeoutExpired: the limit passed.
+    """
+    context, deadline = process_context(), time.monotonic() + timeout_s
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if num_ranks > 1:
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        environment |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+    with tempfile.TemporaryDirectory() as folder:
+        texts = [Path(folder) / name for name in ("out", "err")]
+        processes = []
+        try:
+            for rank in range(num_ranks):
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_ranks > 1 else {}
+                process = context.Process(
+                    target=_run, args=(module, list(argv), {**environment, **own, **env}, texts)
+                )
+                process.start()
+                processes.append(process)
+            status = _wait_for(processes, deadline)
+        finally:
+            for process in processes:
+                _end(process)
+        out, err = (p.read_text() if p.exists() else "" for p in texts)
+    if status is None:
+        raise subprocess.TimeoutExpired([module, *argv], timeout_s, out, err)
+    return subprocess.CompletedProcess([module, *argv], status, out, err)
+
+
+def _wait_for(processes: Sequence[Any], deadline: float) -> int | None:
+    """The status of the first that fails, or 0; None if the time is over."""
+    status, running = 0, {process.sentinel: process for process in processes}
+    while running:
+        ended = wait(list(running), timeout=max(0.0, deadline - time.monotonic()))
+        if not ended:
+            return status or None
+        for sentinel in ended:
+            process = running.pop(int(sentinel))  # type: ignore[call-overload]
+            process.join()
+            if process.exitcode and not status:
+                status = process.exitcode
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+    return status
+
+
+def _end(process: Any) -> None:
+    """Kills what is left of it and its children."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        if process.is_alive():  # it has no group of its own yet
+            process.kill()
+    process.join()
+    process.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _run(module: str, argv: list[str], environment: Mapping[str, str], texts: list[Path]) -> None:
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    for number, path in zip((1, 2), texts, strict=True):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+    warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
+    sys.argv = [module, *argv]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
