@@ -10,7 +10,7 @@ are shifted in `megaopd.data.packing` and nowhere else.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -51,6 +51,8 @@ class Sample:
         weight_version: the version of the weights that sampled it; of several, the oldest.
         token_versions: R versions, where the weights changed on the way (a partial rollout); empty
             says that they are all weight_version. Off the mask they mean nothing.
+        source: who wrote the response. One that the student did not sample has no sampler's
+            log-probs (response_logprobs are 0) and no weight version that means anything.
     """
 
     prompt: Prompt
@@ -61,6 +63,7 @@ class Sample:
     finish_reason: str
     weight_version: int
     token_versions: tuple[int, ...] = ()
+    source: Literal["student", "teacher", "data"] = "student"
 
     @property
     def sample_id(self) -> str:
@@ -134,6 +137,9 @@ class PackedBatch:
             ranks; the padding is a sequence too.
         sample_ids: the S' <= S ids of the real sequences, in order.
         teacher: the name of the teacher of all its samples (`Prompt.teacher`).
+        advantages_T: fp32 advantage of labels_T[t], 0 off the mask; None where the loss has none.
+        sampled_T: bool, True on the loss mask where the student sampled labels_T[t], so that
+            rollout_logprobs_T speaks about it; None says everywhere on the mask.
     """
 
     tokens_T: Tensor
@@ -146,6 +152,8 @@ class PackedBatch:
     cu_seqlens: Tensor
     sample_ids: tuple[str, ...]
     teacher: str = ""
+    advantages_T: Tensor | None = None
+    sampled_T: Tensor | None = None
 
     @property
     def max_seqlen(self) -> int:
@@ -217,3 +225,26 @@ class TokenSignal:
 
 TeacherSignal = HiddenSignal | TopKSignal | TokenSignal
 """What a teacher says about a micro-batch; `megaopd.losses.objective` has an objective for each."""
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What student and teacher say about every response token of the global batch, fp32 [R] each,
+    equal on every rank, on the CPU; addressed by `PackedBatch.rows_T`.
+
+    All are at the loss's temperature, and 0 off the loss mask. What a teacher's kind of signal does
+    not tell is NaN.
+
+    Attributes:
+        student_logprobs_R: log p of the sampled token, by the weights that are about to train.
+        teacher_logprobs_R: log q of it.
+        student_entropy_R: nats, over the whole vocabulary.
+        teacher_entropy_R: likewise.
+        divergence_R: the reverse KL(p || q) over the whole vocabulary.
+    """
+
+    student_logprobs_R: Tensor
+    teacher_logprobs_R: Tensor
+    student_entropy_R: Tensor
+    teacher_entropy_R: Tensor
+    divergence_R: Tensor

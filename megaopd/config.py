@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from megaopd.config_compose import compose
+from megaopd.config_credit import CreditConfig
 from megaopd.config_rollout import AgentConfig, RolloutConfig, SGLangConfig
 from megaopd.config_schema import build, to_markdown, to_yaml
 from megaopd.config_validate import validate, validate_models
@@ -22,6 +23,7 @@ from megaopd.errors import run_cli
 __all__ = [
     "AgentConfig",
     "Config",
+    "CreditConfig",
     "RolloutConfig",
     "SGLangConfig",
     "load",
@@ -148,9 +150,35 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class LossStage:
+    """What `loss` is up to a step."""
+
+    until_step: int = 0
+    """The last step of the stage, from 1; a stage begins where the one before it ends."""
+    kind: str | None = None
+    """`loss.kind` in this stage; null leaves it."""
+    beta: float | None = None
+    """`loss.beta`, likewise."""
+    alpha: float | None = None
+    """`loss.alpha`, likewise."""
+    entropy_coef: float | None = None
+    """`loss.entropy_coef`, likewise."""
+    selection_ratio: float | None = None
+    """`loss.selection_ratio`, likewise."""
+    linear: bool = False
+    """Move the numbers that are set here on a straight line over the steps of the stage, from what
+    they were at the end of the stage before (in the first one from those of `loss`)."""
+
+
+@dataclass(frozen=True)
 class LossConfig:
     """What is minimised, per sampled token."""
 
+    objective: Literal["divergence", "policy_gradient", "estimator", "likelihood"] = "divergence"
+    """How the teacher's word becomes a gradient: `divergence` of the two distributions as far as
+    the teacher's kind of signal tells them; `policy_gradient` of the advantages of `credit`;
+    `estimator` of the KL on the sampled token, as a loss; `likelihood` of the tokens, whoever wrote
+    them (SFT), without the teacher."""
     kind: str = "reverse_kl"
     """Divergence of student p and teacher q, an entry of megaopd.losses.DIVERGENCES."""
     beta: float = 0.5
@@ -160,6 +188,25 @@ class LossConfig:
     """Skew of `skew_forward_kl` and `skew_reverse_kl` (arXiv 2402.03898); order of `alpha`."""
     temperature: float = 1.0
     """Both sides' logits are divided by it."""
+    estimator: Literal["k2", "k3"] = "k2"
+    """Of `estimator`: k2 = d^2 / 2 has the gradient of the reverse KL, k3 = e^-d - 1 + d, d = log p
+    - log q, that of the FORWARD KL, whatever its value estimates."""
+    clip_low: float = 0.2
+    """`policy_gradient` gives a token of negative advantage no gradient once its probability is
+    below 1 - clip_low of the sampler's (PPO, arXiv 1707.06347)."""
+    clip_high: float = 0.2
+    """Likewise one of positive advantage once it is above 1 + clip_high of it."""
+    entropy_coef: float = 0.0
+    """Bonus for the student's entropy over the whole vocabulary: the loss of a token is less by
+    entropy_coef times it."""
+    selection: Literal["none", "soft_or", "entropy", "q3"] = "none"
+    """Tokens of a response that are trained on (TIP, arXiv 2604.14084), by h, the student's
+    entropy, and d, the divergence, both scaled to [0, 1] over the response: `soft_or` h + d - h d
+    with the reverse KL, `entropy` h, `q3` (1 - h) times the forward KL: sure and wrong."""
+    selection_ratio: float = 1.0
+    """The share of a response's tokens that selection keeps, the best ones."""
+    schedule: dict[str, LossStage] = field(default_factory=dict)
+    """Other values for the first steps, stage by stage; after the last one those above hold."""
     chunk_tokens: int | None = None
     """Tokens whose logits exist at one time; none lets the engine choose."""
     backend: Literal["auto", "eager", "compiled", "triton"] = "auto"
@@ -271,6 +318,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    credit: CreditConfig = field(default_factory=CreditConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

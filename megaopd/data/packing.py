@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -41,6 +41,7 @@ __all__ = [
     "label_runs",
     "micro_batches",
     "pack",
+    "with_credit",
 ]
 
 
@@ -90,7 +91,7 @@ def pack(
     if filler:
         padded.append(filler)
         sequences.append(_lengthen(_NOTHING, filler))
-    tokens, labels, positions, mask, logprobs, token_weights, rows = (
+    tokens, labels, positions, mask, logprobs, token_weights, rows, sampled = (
         torch.cat([_cut(sequence, place) for sequence in sequences_of_field])
         for sequences_of_field in zip(*sequences, strict=True)
     )
@@ -105,6 +106,7 @@ def pack(
         cu_seqlens=torch.tensor(list(accumulate(padded, initial=0)), dtype=torch.int32),
         sample_ids=tuple(s.sample_id for s in samples),
         teacher=teacher,
+        sampled_T=sampled,
     )
 
 
@@ -137,15 +139,16 @@ def _first_rows(samples: Sequence[Sample]) -> list[int]:
 
 
 _Fields = tuple[Tensor, ...]
-# (tokens, labels, positions, loss mask, rollout logprobs, weights, rows) of no token.
+# (tokens, labels, positions, loss mask, rollout logprobs, weights, rows, sampled) of no token.
 _NOTHING: _Fields = (
     *[torch.zeros(0, dtype=torch.int64)] * 3,
     torch.zeros(0, dtype=torch.bool),
     *[torch.zeros(0)] * 2,
     torch.zeros(0, dtype=torch.int64),
+    torch.zeros(0, dtype=torch.bool),
 )
 # What a token of padding holds; its position goes on counting.
-_FILL = (0, 0, 0, False, 0.0, 0.0, -1)
+_FILL = (0, 0, 0, False, 0.0, 0.0, -1, False)
 
 
 def _sequence(sample: Sample, prompt: tuple[int, ...], weight: float, first_row: int) -> _Fields:
@@ -162,7 +165,8 @@ def _sequence(sample: Sample, prompt: tuple[int, ...], weight: float, first_row:
     labels, mask, logprobs, rows = (_shift(x) for x in (tokens, mask, logprobs, rows))
     logprobs, rows = logprobs.where(mask, 0.0), rows.where(mask, -1)
     positions = torch.arange(len(tokens))
-    return tokens, labels, positions, mask, logprobs, mask * float(weight), rows
+    sampled = mask & (sample.source == "student")
+    return tokens, labels, positions, mask, logprobs, mask * float(weight), rows, sampled
 
 
 def _shift(values: Tensor) -> Tensor:
@@ -241,6 +245,34 @@ def micro_batches(
             teacher=part.teacher,
         )
         for part in assignment.by_rank[place.dp_rank]
+    ]
+
+
+def with_credit(
+    batches: Sequence[PackedBatch], weights_R: Tensor | None, advantages_R: Tensor | None
+) -> list[PackedBatch]:
+    """The same micro-batches with what each token is worth.
+
+    Args:
+        weights_R: fp32 weight of every response token of the global batch, by `rows_T`; None leaves
+            the weights.
+        advantages_R: likewise its advantage; None has none.
+    """
+
+    def of(table: Tensor | None, batch: PackedBatch, default: Tensor | None) -> Tensor | None:
+        if table is None:
+            return default
+        found = torch.zeros(batch.loss_mask_T.shape)
+        found[batch.loss_mask_T] = table[batch.rows_T[batch.loss_mask_T]]
+        return found
+
+    return [
+        replace(
+            batch,
+            token_weights_T=of(weights_R, batch, batch.token_weights_T),
+            advantages_T=of(advantages_R, batch, None),
+        )
+        for batch in batches
     ]
 
 

@@ -25,18 +25,18 @@ LAYERS = (
     ("errors", "logger", "memory", "parallel.cpu"),
     ("storage",),
     (
-        "config config_compose config_layouts config_rollout config_schema config_servers"
-        " config_validate",
+        "config config_compose config_credit config_layouts config_rollout config_schema"
+        " config_servers config_validate",
         "batch",
     ),
     ("parallel.layout",),
-    ("protocols", "metrics", "data", "parallel"),
+    ("protocols", "metrics", "data", "parallel", "report_page report_svg"),
     ("losses", "rewards", "rollout", "models.mapping models.families"),
-    ("models", "weight_sync", "evaluation", "report report_svg"),
+    ("models", "weight_sync", "evaluation", "report"),
     ("checkpoint",),
     ("engine", "trainer", "inputs", "summary", "plan"),
     ("teacher", "convert"),
-    ("train train_rollout",),
+    ("train train_rollout evaluation.cli",),
 )
 
 # The package itself sees to it that Megatron-Core can be imported without CUDA, and does no more.

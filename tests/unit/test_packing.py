@@ -71,6 +71,7 @@ def test_dtypes() -> None:
         "loss_mask_T": torch.bool,
         "rollout_logprobs_T": torch.float32,
         "token_weights_T": torch.float32,
+        "sampled_T": torch.bool,
         "rows_T": torch.int64,
         "cu_seqlens": torch.int32,
     }
