@@ -1,6 +1,7 @@
-"""Where a run's samples come from: the engines, the servers behind them, and the way of weights.
+"""Where samples come from: the engines, the servers behind them, and the way of weights.
 
-The part of `megaopd.train` that knows the classes of rollout and weight sync.
+The part of `megaopd.train` that knows the classes of rollout and weight sync; an evaluation of a
+model that is not in training asks here for an engine as well.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from megaopd.config import Config, SGLangConfig, TeacherConfig
 from megaopd.errors import ConfigError
 from megaopd.inputs import Inputs
 
 if TYPE_CHECKING:
+    import torch
+
+    from megaopd.models.hf_io.source import WeightSource
     from megaopd.parallel.groups import ParallelGroups
     from megaopd.protocols import RolloutEngine, WeightSync
     from megaopd.rollout.conversation import Converse
@@ -27,6 +31,17 @@ if TYPE_CHECKING:
 
 # Ranks that wait for servers wait in a collective, which has a time limit: rank 0 gives a sign.
 SIGN_OF_LIFE_S = 60.0
+
+
+class World(Protocol):
+    """The processes that call an engine together, and this one's device."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
 
 
 def conversation(config: Config, inputs: Inputs) -> Converse:
@@ -61,6 +76,23 @@ def recorded_engine(config: Config, inputs: Inputs, groups: ParallelGroups) -> R
 
 def sglang_engine(config: Config, inputs: Inputs, groups: ParallelGroups) -> RolloutEngine:
     """Servers at `rollout.urls`, or of our own."""
+    vocab_size = inputs.student_arch.vocab_size
+    return servers_engine(config, vocab_size, conversation(config, inputs), groups)
+
+
+def servers_engine(
+    config: Config,
+    vocab_size: int,
+    converse: Converse,
+    world: World,
+    *,
+    with_transport: bool = True,
+) -> RolloutEngine:
+    """An engine over the servers at `rollout.urls`, or of our own; collective.
+
+    Args:
+        with_transport: weights come by `load_weights`; without it the servers keep theirs.
+    """
     from megaopd.rollout.sglang.engine import SGLangEngine
     from megaopd.rollout.sglang.pool import Address
 
@@ -68,7 +100,7 @@ def sglang_engine(config: Config, inputs: Inputs, groups: ParallelGroups) -> Rol
     fleet: ServerFleet | None = None
     endpoints: Sequence[Endpoint] = ()
     if rollout.launch:
-        fleet = _start_servers(config, groups)
+        fleet = _start_servers(config, world)
         endpoints = fleet.servers if fleet else ()
     else:
         api_key = os.environ.get(servers.api_key_env, "")
@@ -78,13 +110,13 @@ def sglang_engine(config: Config, inputs: Inputs, groups: ParallelGroups) -> Rol
         return SGLangEngine(
             endpoints,
             config=servers,
-            vocab_size=inputs.student_arch.vocab_size,
-            converse=conversation(config, inputs),
+            vocab_size=vocab_size,
+            converse=converse,
             partial=rollout.partial,
-            transport=TRANSPORTS[servers.sync](config, groups),
+            transport=TRANSPORTS[servers.sync](config, world) if with_transport else None,
             restarter=fleet,
-            rank=groups.rank,
-            world_size=groups.world_size,
+            rank=world.rank,
+            world_size=world.world_size,
         )
     except BaseException:
         # Nobody else knows of them yet.
@@ -108,28 +140,26 @@ def _transport(config: Config, carrier: Carrier) -> WeightTransport:
     )
 
 
-def disk_transport(config: Config, groups: ParallelGroups) -> WeightTransport:
+def disk_transport(config: Config, world: World) -> WeightTransport:
     from megaopd.weight_sync.disk import DiskCarrier
 
     return _transport(config, DiskCarrier(config.rollout.sglang.sync_dir))
 
 
-def tensor_transport(config: Config, groups: ParallelGroups) -> WeightTransport:
+def tensor_transport(config: Config, world: World) -> WeightTransport:
     from megaopd.weight_sync.tensor import TensorCarrier
 
-    return _transport(config, TensorCarrier(by_value=groups.device.type != "cuda"))
+    return _transport(config, TensorCarrier(by_value=world.device.type != "cuda"))
 
 
-def distributed_transport(config: Config, groups: ParallelGroups) -> WeightTransport:
+def distributed_transport(config: Config, world: World) -> WeightTransport:
     from megaopd.weight_sync.distributed import DistributedCarrier
 
-    return _transport(
-        config, DistributedCarrier("nccl" if groups.device.type == "cuda" else "gloo")
-    )
+    return _transport(config, DistributedCarrier("nccl" if world.device.type == "cuda" else "gloo"))
 
 
 # By rollout.sglang.sync: how `SGLangEngine.load_weights` brings weights to its servers.
-TRANSPORTS: dict[str, Callable[[Config, ParallelGroups], WeightTransport]] = {
+TRANSPORTS: dict[str, Callable[[Config, World], WeightTransport]] = {
     "disk": disk_transport,
     "tensor": tensor_transport,
     "distributed": distributed_transport,
@@ -170,32 +200,77 @@ def teacher_engine(
             rank=groups.rank,
             world_size=groups.world_size,
         )
-    from megaopd.checkpoint import open_weights
-    from megaopd.checkpoint.loading import verify_together
-    from megaopd.models.arch import read_arch
     from megaopd.models.build import DTYPES
-    from megaopd.models.families import hf_shapes
-    from megaopd.rollout.embedded import EmbeddedEngine
-    from megaopd.storage.steps import hf_directory
 
-    path = own.path or config.student.path
-    source = open_weights(path)
+    return own_weights_engine(
+        own.path or config.student.path,
+        DTYPES[own.dtype],
+        config.rollout.batch_size,
+        conversation(config, inputs),
+        groups,
+    )
+
+
+def own_weights_engine(
+    path: str, dtype: torch.dtype, batch_size: int, converse: Converse, world: World
+) -> RolloutEngine:
+    """An embedded engine with the weights of a directory of either format; collective.
+
+    Raises:
+        CheckpointError: they are damaged.
+    """
+    from megaopd.checkpoint.loading import verify_together
+    from megaopd.rollout.embedded import EmbeddedEngine
+
+    source, names = _source(path)
     verify_together(source.path)
     engine = EmbeddedEngine(
         path,
-        device=groups.device,
-        dtype=DTYPES[own.dtype],
-        batch_size=config.rollout.batch_size,
-        converse=conversation(config, inputs),
-        rank=groups.rank,
-        world_size=groups.world_size,
+        device=world.device,
+        dtype=dtype,
+        batch_size=batch_size,
+        converse=converse,
+        rank=world.rank,
+        world_size=world.world_size,
     )
-    names = hf_shapes(read_arch(hf_directory(path)))
     engine.load_weights(((name, source.read(name)) for name in names), version=0)
     return engine
 
 
-def _start_servers(config: Config, groups: ParallelGroups) -> ServerFleet | None:
+def own_weights_servers(
+    config: Config, vocab_size: int, converse: Converse, world: World
+) -> RolloutEngine:
+    """Servers with the weights of student.path; collective.
+
+    Servers that are there already keep theirs, and so do ours that read them from a Hugging Face
+    directory; they are sent those of a Megatron checkpoint.
+    """
+    from megaopd.storage.steps import is_megatron
+
+    path = config.student.path
+    sent = config.rollout.launch and is_megatron(path)
+    engine = servers_engine(config, vocab_size, converse, world, with_transport=sent)
+    if sent:
+        source, names = _source(path)
+        try:
+            engine.load_weights(((name, source.read(name)) for name in names), version=0)
+        except BaseException:
+            engine.close()
+            raise
+    return engine
+
+
+def _source(path: str) -> tuple[WeightSource, Sequence[str]]:
+    """The weights at `path`, and their names."""
+    from megaopd.checkpoint import open_weights
+    from megaopd.models.arch import read_arch
+    from megaopd.models.families import hf_shapes
+    from megaopd.storage.steps import hf_directory
+
+    return open_weights(path), list(hf_shapes(read_arch(hf_directory(path))))
+
+
+def _start_servers(config: Config, world: World) -> ServerFleet | None:
     """Starts rank 0's servers and waits until they answer; collective. None on other ranks.
 
     Raises:
@@ -203,8 +278,8 @@ def _start_servers(config: Config, groups: ParallelGroups) -> ServerFleet | None
     """
     from megaopd.rollout.sglang.ranks import Ranks
 
-    ranks = Ranks(groups.rank, groups.world_size)
-    fleet = _fleet(config, groups) if groups.rank == 0 else None
+    ranks = Ranks(world.rank, world.world_size)
+    fleet = _fleet(config, world) if world.rank == 0 else None
     with ThreadPoolExecutor(max_workers=1) as starter:
         start = starter.submit(fleet.start) if fleet else None
         try:
@@ -227,7 +302,7 @@ def _is_done(start: Future[None]) -> bool:
     return True
 
 
-def _fleet(config: Config, groups: ParallelGroups) -> ServerFleet:
+def _fleet(config: Config, world: World) -> ServerFleet:
     """The servers of this host, not started yet.
 
     Raises:
@@ -241,7 +316,7 @@ def _fleet(config: Config, groups: ParallelGroups) -> ServerFleet:
     servers = config.rollout.sglang
     # Beside the trainer's ranks of this host, or on the same devices.
     first_gpu = 0 if servers.colocated else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if groups.device.type == "cuda":
+    if world.device.type == "cuda":
         _check_gpus(servers, first_gpu)
     # The weights of a Megatron checkpoint arrive like those of every step, before a first request.
     model = hf_directory(config.student.path)
@@ -250,7 +325,7 @@ def _fleet(config: Config, groups: ParallelGroups) -> ServerFleet:
             model_path=str(model),
             has_weights=model == Path(config.student.path),
             python=servers.python or sys.executable,
-            device=groups.device.type,
+            device=world.device.type,
             dtype=config.student.dtype,
             host=servers.host,
             tensor=servers.tensor,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -42,8 +42,10 @@ def load_prompts(
     path: str | Path,
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
-    teachers: Collection[str] = ("",),
+    teachers: Collection[str] | None = ("",),
     tools: ToolTemplate | None = None,
+    *,
+    reword: Callable[[str], str] | None = None,
 ) -> PromptSet:
     """Reads prompts from a JSONL or parquet file, or from a directory of them.
 
@@ -53,8 +55,10 @@ def load_prompts(
 
     Args:
         teachers: the names that the column of teachers may hold; the empty one is that of the
-            run's one `teacher`, where the column is missing.
+            run's one `teacher`, where the column is missing. None: nobody is asked for.
         tools: offers tools in every prompt that goes through the chat template.
+        reword: what becomes of the user's last message, or of a string prompt; the teacher's prompt
+            is not touched.
 
     Raises:
         DataError: a row that cannot be read, a missing or wrong column, an empty prompt, an id met
@@ -76,14 +80,14 @@ def load_prompts(
                 f"make column {config.id_column!r} unique",
             )
         row_of_id[prompt_id] = where
-        token_ids = _token_ids(row, "prompt_column", config, tokenizer, tools, options)
+        token_ids = _token_ids(row, "prompt_column", config, tokenizer, tools, options, reword)
         teacher_token_ids = None
         if config.teacher_prompt_column:
             teacher_token_ids = _token_ids(
                 row, "teacher_prompt_column", config, tokenizer, tools, options
             )
         answer = row.get(config.answer_column)
-        teacher = _teacher(row, config.teacher_column, teachers)
+        teacher = "" if teachers is None else _teacher(row, config.teacher_column, teachers)
         if max(len(token_ids), len(teacher_token_ids or ())) > config.max_prompt_tokens:
             num_overlong += 1
             continue
@@ -136,6 +140,7 @@ def _token_ids(
     tokenizer: PreTrainedTokenizerBase,
     tools: ToolTemplate | None,
     options: Mapping[str, Any],
+    reword: Callable[[str], str] | None = None,
 ) -> tuple[int, ...]:
     """The prompt in the column that the configuration's `key` names."""
     column, where = getattr(config, key), row.where
@@ -147,6 +152,8 @@ def _token_ids(
         raise DataError(where, found, "write a string or a list of messages")
     if not value or (isinstance(value, str) and not value.strip()):
         raise DataError(where, f"an empty prompt in column {column!r}", "remove the line")
+    if reword is not None:
+        value = _reworded(value, reword)
     messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
     if isinstance(value, list) or config.chat_template:
         # The template writes the special tokens itself.
@@ -161,6 +168,18 @@ def _token_ids(
     if not token_ids:
         raise DataError(where, "a prompt of no tokens", "remove the line")
     return tuple(token_ids)
+
+
+def _reworded(value: str | list[Any], reword: Callable[[str], str]) -> str | list[Any]:
+    if isinstance(value, str):
+        return reword(value)
+    last = value[-1]
+    # What is malformed is for the template to refuse.
+    if not isinstance(last, dict) or not isinstance(last.get("content"), str):
+        return value
+    if last.get("role") != "user":
+        return value
+    return [*value[:-1], {**last, "content": reword(last["content"])}]
 
 
 def _render(

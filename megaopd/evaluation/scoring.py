@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Protocol
 
 from megaopd.batch import Prompt, Sample, SamplingParams
 from megaopd.errors import DataError, RolloutError
+from megaopd.evaluation.estimates import (
+    Estimate,
+    Figures,
+    default_ks,
+    estimate,
+    majority,
+    pass_at_k,
+    quantile,
+)
+from megaopd.evaluation.voting import answer_of
 from megaopd.protocols import Reward, RolloutEngine
 
 
@@ -28,6 +39,7 @@ class EvalRecord:
         correct: the reward gave full marks.
         score: the reward, in [0, 1].
         truncated: the response reached the length limit before a stop token.
+        index: which of the prompt's samples it is, from 0.
     """
 
     prompt_id: str
@@ -38,6 +50,7 @@ class EvalRecord:
     correct: bool
     score: float
     truncated: bool
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,11 +73,75 @@ class EvalResult:
     @classmethod
     def of(cls, records: Sequence[EvalRecord]) -> EvalResult:
         return cls(
-            accuracy=sum(r.score for r in records) / len(records),
+            accuracy=fmean(r.score for r in records),
             records=tuple(records),
-            mean_length=sum(len(r.response_ids) for r in records) / len(records),
-            truncated_fraction=sum(r.truncated for r in records) / len(records),
+            mean_length=fmean(len(r.response_ids) for r in records),
+            truncated_fraction=fmean(r.truncated for r in records),
         )
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts with responses."""
+        return len(by_prompt(self.records))
+
+
+def by_prompt(records: Sequence[EvalRecord]) -> dict[str, list[EvalRecord]]:
+    """The records of each prompt, in their order."""
+    found: dict[str, list[EvalRecord]] = {}
+    for record in records:
+        found.setdefault(record.prompt_id, []).append(record)
+    return found
+
+
+def figures(records: Sequence[EvalRecord], reward: str, ks: Sequence[int] = ()) -> Figures:
+    """What some records amount to; equally many of every prompt.
+
+    Args:
+        reward: the name of the reward, which says what a response's answer is.
+        ks: for pass@k; empty takes 1, 2, 4, ... and the number of samples.
+
+    Raises:
+        ValueError: no records, prompts with different numbers of them, or a k above that number.
+    """
+    groups = list(by_prompt(records).values())
+    sizes = {len(group) for group in groups}
+    if len(sizes) != 1:
+        raise ValueError(f"prompts have {sorted(sizes)} samples")
+    n = sizes.pop()
+    ks = ks or default_ks(n)
+    answers = [[answer_of(reward, r.response_text) for r in group] for group in groups]
+    correct = [sum(r.correct for r in group) for group in groups]
+
+    def mean_of(values: Sequence[Sequence[float]]) -> Estimate:
+        return estimate([fmean(own) for own in values], n)
+
+    lengths = [len(r.response_ids) for r in records]
+    right = [len(r.response_ids) for r in records if r.correct]
+    wrong = [len(r.response_ids) for r in records if not r.correct]
+    return Figures(
+        num_prompts=len(groups),
+        num_samples=n,
+        mean=mean_of([[r.score for r in group] for group in groups]),
+        pass_at={
+            k: estimate([pass_at_k(n, c, k) for c in correct], n) for k in ks or default_ks(n)
+        },
+        majority=estimate(
+            [
+                majority(own, [r.score for r in group])
+                for own, group in zip(answers, groups, strict=True)
+            ]
+        ),
+        lengths={
+            "mean": fmean(lengths),
+            "median": quantile(lengths, 0.5),
+            "p90": quantile(lengths, 0.9),
+            "max": float(max(lengths)),
+            "mean_correct": fmean(right) if right else None,
+            "mean_wrong": fmean(wrong) if wrong else None,
+        },
+        truncated=mean_of([[float(r.truncated) for r in group] for group in groups]),
+        unanswered=fmean(answer is None for own in answers for answer in own),
+    )
 
 
 def evaluate(
@@ -95,7 +172,12 @@ def evaluate(
     samples = engine.generate(prompts, params)
     if not samples:
         raise nothing_sampled("evaluation")
-    return EvalResult.of([_record(s, reward, tokenizer) for s in samples])
+    return EvalResult.of(score_all(samples, reward, tokenizer))
+
+
+def score_all(samples: Sequence[Sample], reward: Reward, tokenizer: Decoder) -> list[EvalRecord]:
+    """Decodes and scores samples, in their order."""
+    return [_record(sample, reward, tokenizer) for sample in samples]
 
 
 def nothing_sampled(where: str) -> RolloutError:
@@ -116,6 +198,7 @@ def _record(sample: Sample, reward: Reward, tokenizer: Decoder) -> EvalRecord:
         correct=score >= 1.0,
         score=score,
         truncated=sample.finish_reason == "length",
+        index=sample.index,
     )
 
 
