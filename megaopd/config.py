@@ -15,7 +15,8 @@ from typing import Literal
 
 from megaopd.config_compose import compose
 from megaopd.config_credit import CreditConfig
-from megaopd.config_rollout import AgentConfig, RolloutConfig, SGLangConfig
+from megaopd.config_lora import LoraConfig
+from megaopd.config_rollout import AgentConfig, MixtureConfig, RolloutConfig, SGLangConfig
 from megaopd.config_schema import build, to_markdown, to_yaml
 from megaopd.config_validate import validate, validate_models
 from megaopd.errors import run_cli
@@ -24,6 +25,7 @@ __all__ = [
     "AgentConfig",
     "Config",
     "CreditConfig",
+    "MixtureConfig",
     "RolloutConfig",
     "SGLangConfig",
     "load",
@@ -84,15 +86,18 @@ class StudentConfig:
     """Patterns (fnmatch) over Hugging Face tensor names that are not trained."""
     router_aux_loss_coef: float = 0.0
     """Weight of the load-balancing loss of a mixture of experts; 0 keeps it out of training."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of the weights; null trains the weights."""
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
     """The model that scores the student's samples."""
 
-    kind: Literal["checkpoint", "self", "ema", "sglang"] = "checkpoint"
-    """Its weights: `checkpoint` those at path; `self` the student's own, frozen at step 0; `ema` an
-    exponential moving average of the student's; these two in the student's layout and dtype;
+    kind: Literal["checkpoint", "self", "base", "ema", "sglang"] = "checkpoint"
+    """Its weights: `checkpoint` those at path; `self` the student's own, frozen at step 0; `base`
+    the student's without its LoRA adapters, so that one set of weights serves both; `ema` an
+    exponential moving average of the student's; these three in the student's layout and dtype;
     `sglang` those of the servers at urls, which score the samples."""
     path: str = ""
     """Directory of the teacher, of either format; its tokenizer must be the student's. Of a teacher
@@ -136,6 +141,9 @@ class DataConfig:
     teacher_prompt_column: str = ""
     """Column of the prompt that the teacher sees in place of the student's (privileged context);
     empty shows it the same."""
+    response_column: str = ""
+    """Column of the data set's own response to the prompt, as text, for rollout.mixture; the end
+    token is added where it is missing."""
     id_column: str = "id"
     """Column of the prompt's unique id; where it is missing, the row's number is the id."""
     chat_template: bool = False
@@ -205,6 +213,8 @@ class LossConfig:
     with the reverse KL, `entropy` h, `q3` (1 - h) times the forward KL: sure and wrong."""
     selection_ratio: float = 1.0
     """The share of a response's tokens that selection keeps, the best ones."""
+    selection_lowest: bool = False
+    """Keep the worst ones instead: what selection is compared with."""
     schedule: dict[str, LossStage] = field(default_factory=dict)
     """Other values for the first steps, stage by stage; after the last one those above hold."""
     chunk_tokens: int | None = None
@@ -272,7 +282,8 @@ class TrainConfig:
     max_skipped_steps: int = 3
     """Steps in a row with a non-finite loss or gradient that end the run."""
     export: bool = True
-    """Write the student as a Hugging Face directory (run.dir/hf) at the end."""
+    """Write the student as a Hugging Face directory (run.dir/hf) at the end, LoRA adapters merged
+    into it; these also by themselves in PEFT's format (run.dir/adapter)."""
     export_megatron: bool = False
     """Write the student as a Megatron checkpoint (run.dir/megatron) at the end, for any layout;
     its step is the number of the run's optimizer steps."""
@@ -289,6 +300,14 @@ class EvalConfig:
     reward: str = "exact_match"
     """How a response is scored: an entry of megaopd.rewards.REWARDS, or a function of yours,
     path/to/file.py:function."""
+    n: int = 1
+    """Samples per prompt; above 1 pass@k and the majority vote are measured too."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus mass."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
     teacher: bool = True
     """Measure the teacher's accuracy too."""
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from megaopd.config_layouts import Architecture, check_model, check_ranks
+from megaopd.config_mixture import check_mixture
 from megaopd.config_schema import nearest
 from megaopd.config_servers import check_rollout_servers, check_teacher_servers
 from megaopd.errors import ConfigError
@@ -29,6 +30,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         (
             *("data.max_prompt_tokens", "rollout.max_new_tokens"),
             *("rollout.n", "rollout.batch_size", "loss.temperature", "loss.chunk_tokens"),
+            "eval.n",
             *("optimizer.lr", "optimizer.eps", "train.num_steps", "train.global_batch_size"),
             *("train.micro_batch_size", "train.max_skipped_steps"),
             *("train.max_tokens_per_micro_batch", "teacher.max_tokens_per_micro_batch"),
@@ -36,6 +38,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             *("rollout.sglang.progress_timeout_s", "rollout.sglang.health_interval_s"),
             *("rollout.sglang.start_timeout_s", "rollout.agent.max_turns"),
             *("rollout.agent.tool_timeout_s", "rollout.agent.max_tool_tokens"),
+            *("student.lora.rank", "student.lora.alpha"),
         ),
     ),
     (
@@ -45,12 +48,20 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             *("run.seed", "rollout.temperature", "rollout.top_k", "optimizer.min_lr"),
             *("optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_grad"),
             *("eval.num_prompts", "eval.interval", "log.num_report_samples"),
+            *("eval.temperature", "eval.top_k"),
             *("student.router_aux_loss_coef", "teacher.top_k", "rollout.max_staleness"),
             *("rollout.sglang.max_tokens_in_flight", "rollout.sglang.max_retries"),
             "rollout.sglang.max_restarts",
         ),
     ),
-    ("a value in [0, 1]", lambda v: 0 <= v <= 1, ("loss.beta", "loss.icepop_low")),
+    (
+        "a value in [0, 1]",
+        lambda v: 0 <= v <= 1,
+        (
+            *("loss.beta", "loss.icepop_low"),
+            *("rollout.mixture.on_policy", "rollout.mixture.teacher"),
+        ),
+    ),
     # Tokens of the weights that train them have the ratio 1: they are neither cut nor left out.
     ("1 or more", lambda v: v >= 1, ("loss.importance_cap", "loss.icepop_high")),
     (
@@ -58,7 +69,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         lambda v: 0 <= v < 1,
         ("optimizer.beta1", "optimizer.beta2", "teacher.ema_decay"),
     ),
-    ("a value in (0, 1]", lambda v: 0 < v <= 1, ("rollout.top_p",)),
+    ("a value in (0, 1]", lambda v: 0 < v <= 1, ("rollout.top_p", "eval.top_p")),
 )
 
 # Kinds of teachers that have weights of their own, at `path`; the others' are the student's.
@@ -94,6 +105,7 @@ def validate(
     _check_choices(config, divergences, rewards, tools)
     _check_needs(config)
     _check_teachers(config)
+    check_mixture(config, _teachers(config))
     check_rollout_servers(config, environ)
     for key, teacher in _teachers(config).items():
         check_teacher_servers(key, teacher, environ)
@@ -197,6 +209,12 @@ def _check_choices(
 
 
 def _check_needs(config: Config) -> None:
+    if config.student.lora and config.student.freeze:
+        raise ConfigError(
+            "student.freeze",
+            "set together with student.lora, which freezes all weights",
+            "set student.freeze=[], and student.lora.targets to the layers that are to learn",
+        )
     required = {"student.path": config.student.path, "data.train": config.data.train}
     for key, teacher in _teachers(config).items():
         if teacher.kind in _WITH_PATH:
@@ -225,6 +243,12 @@ def _check_needs(config: Config) -> None:
         raise ConfigError(
             "eval.interval", f"{config.eval.interval} without data.eval", "set data.eval as well"
         )
+    if config.eval.n > 1 and config.eval.temperature == 0:
+        raise ConfigError(
+            "eval.n",
+            f"{config.eval.n} at eval.temperature 0, where all samples are the same",
+            "set eval.temperature=1, or eval.n=1",
+        )
     optimizer = config.optimizer
     if optimizer.min_lr > optimizer.lr:
         raise ConfigError(
@@ -248,6 +272,7 @@ def _check_teachers(config: Config) -> None:
     for key, teacher in _teachers(config).items():
         if teacher.kind == "sglang":
             _check_server_loss(config, key, teacher)
+        _check_adapter(config, key, teacher)
         if teacher.kind in _WITH_PATH:
             continue
         if teacher.path:
@@ -270,6 +295,30 @@ def _check_teachers(config: Config) -> None:
                 "are taken from the student on the same rank",
                 f"set {key}.parallel=null",
             )
+
+
+def _check_adapter(config: Config, key: str, teacher: TeacherConfig) -> None:
+    """What a student with LoRA adapters, or without, means for a teacher of its weights."""
+    lora = config.student.lora
+    if teacher.kind == "base" and lora is None:
+        raise ConfigError(
+            f"{key}.kind",
+            "base, and the student has no LoRA adapters that it could be without",
+            f"set student.lora.rank, or {key}.kind=self",
+        )
+    if teacher.kind == "base" and teacher.offload:
+        raise ConfigError(
+            f"{key}.offload",
+            f"true with {key}.kind base, whose weights are those in training",
+            f"set {key}.offload=false; train.offload is for both",
+        )
+    if teacher.kind in ("self", "ema") and lora is not None and lora.adapter:
+        raise ConfigError(
+            f"{key}.kind",
+            f"{teacher.kind}, and student.lora.adapter is set: its start is the base without the "
+            "adapter",
+            f"merge the adapter into student.path first, or set {key}.kind=base",
+        )
 
 
 def _check_server_loss(config: Config, key: str, teacher: TeacherConfig) -> None:

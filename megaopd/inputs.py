@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from megaopd.batch import Prompt, SamplingParams
 from megaopd.config import Config, TeacherConfig, validate_models
+from megaopd.config_mixture import data_share
 from megaopd.config_servers import check_local
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ class Inputs:
 
     Attributes:
         teacher_archs: by the name that `Prompt.teacher` holds; the empty one is `teacher`'s.
+        responses: tokens of the data set's own responses by prompt id, where a mixture has some.
     """
 
     student_arch: ModelArch
@@ -31,6 +33,7 @@ class Inputs:
     eval_prompts: tuple[Prompt, ...]
     num_overlong: int
     sampling: SamplingParams
+    responses: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def vocab_size(self) -> int:
@@ -52,6 +55,7 @@ def read_inputs(config: Config) -> Inputs:
     """
     from megaopd.checkpoint import open_weights
     from megaopd.data.prompts import load_prompts
+    from megaopd.data.responses import ResponseForm
     from megaopd.data.tokenizer import (
         check_same_tokenizer,
         load_tokenizer,
@@ -62,6 +66,7 @@ def read_inputs(config: Config) -> Inputs:
     from megaopd.models.arch import read_arch
     from megaopd.models.freeze import check_freeze
     from megaopd.models.hf_io import check_weights
+    from megaopd.models.lora_spec import check_lora
     from megaopd.rollout.agent import tool_schemas
     from megaopd.rollout.recorded import RecordedEngine
     from megaopd.storage.steps import hf_directory
@@ -75,6 +80,8 @@ def read_inputs(config: Config) -> Inputs:
     named = {name: arch for name, arch in teacher_archs.items() if name}
     validate_models(config, student_arch, teacher_archs[""], named)
     check_freeze(student_arch, config.student.freeze)
+    if config.student.lora is not None:
+        check_lora(student_arch, config.student.lora)
     if config.rollout.kind == "recorded":
         RecordedEngine(config.rollout.path)  # says now if the file is not there
     # The weights of a teacher on servers are their affair.
@@ -87,12 +94,18 @@ def read_inputs(config: Config) -> Inputs:
     agent = config.rollout.agent
     options = template_options(config.data, tokenizer)
     tools = ToolTemplate(tokenizer, tool_schemas(agent), options) if agent else None
-    train_set = load_prompts(config.data.train, config.data, tokenizer, paths, tools)
+    rollout = config.rollout
+    ends = stop_token_ids(tokenizer, student, rollout.stop)
+    form = None
+    if data_share(rollout.mixture):
+        form = ResponseForm(config.data.response_column, ends, rollout.max_new_tokens)
+    train_set = load_prompts(
+        config.data.train, config.data, tokenizer, paths, tools, responses=form
+    )
     eval_prompts: tuple[Prompt, ...] = ()
     if config.data.eval:
         eval_set = load_prompts(config.data.eval, config.data, tokenizer, paths, tools)
         eval_prompts = eval_set.prompts
-    rollout = config.rollout
     return Inputs(
         student_arch,
         teacher_archs,
@@ -106,6 +119,7 @@ def read_inputs(config: Config) -> Inputs:
             top_p=rollout.top_p,
             top_k=rollout.top_k,
             n=rollout.n,
-            stop_token_ids=stop_token_ids(tokenizer, student, rollout.stop),
+            stop_token_ids=ends,
         ),
+        train_set.responses,
     )

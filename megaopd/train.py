@@ -10,25 +10,23 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megaopd.batch import Prompt, Sample
-from megaopd.config import Config, TeacherConfig, load, to_yaml, validate
+from megaopd.config import Config, load, to_yaml, validate
 from megaopd.errors import ConfigError, NumericError, RolloutError, run_cli
 from megaopd.inputs import Inputs, read_inputs, teacher_configs
-from megaopd.train_rollout import ENGINES, teacher_engine, weight_sync
+from megaopd.train_rollout import ENGINES, mixture, teacher_engine, weight_sync
+from megaopd.train_teachers import build_teacher, student_side
 
 if TYPE_CHECKING:
-    from megaopd.data.packing import Batching, Side
     from megaopd.engine.student import MegatronStudent
     from megaopd.evaluation import EvalResult
-    from megaopd.models.arch import ModelArch
     from megaopd.parallel.groups import ParallelGroups
-    from megaopd.protocols import RolloutEngine, Teacher
-    from megaopd.teacher.head import HeadSlot
+    from megaopd.protocols import RolloutEngine
 
 USAGE = """usage: torchrun --nproc-per-node N -m megaopd.train conf=NAME [key=value ...] [--debug]
 
@@ -87,10 +85,8 @@ def train(config: Config, inputs: Inputs) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from megaopd.data.prompts import PromptStream
-    from megaopd.engine.student import MegatronStudent
     from megaopd.logger import get_logger, setup_logging
     from megaopd.metrics import MetricsWriter
-    from megaopd.models.mapping import padded_vocab_size
     from megaopd.parallel import groups as parallel_groups
     from megaopd.parallel.device import init_distributed
     from megaopd.summary import summarise, write_results
@@ -114,20 +110,16 @@ def train(config: Config, inputs: Inputs) -> None:
         len(inputs.eval_prompts),
     )
 
-    vocab_rows = padded_vocab_size(inputs.student_arch.vocab_size, config.parallel.tensor)
-    batching = _batching(
-        config, groups, inputs.student_arch, config.train.max_tokens_per_micro_batch, "student"
-    )
+    side = student_side(config, inputs, groups)
     teacher_result = _teacher_result(config, inputs, groups)
     # The engine comes before the models: colocated servers take their memory first.
     with (
         closing(ENGINES[config.rollout.kind](config, inputs, groups)) as engine,
+        closing(mixture(config, inputs, groups, engine)) as authors,
         MetricsWriter(run_dir, config, enabled=is_main) as metrics,
-        closing(_teacher(config, inputs, StudentSide(groups, batching, vocab_rows))) as teacher,
+        closing(build_teacher(config, inputs, side)) as teacher,
     ):
-        student = MegatronStudent(
-            config, inputs.student_arch, groups, vocab_rows, inputs.vocab_size
-        )
+        student = side.model()
         trainer = OPDTrainer(
             config,
             student=student,
@@ -136,12 +128,13 @@ def train(config: Config, inputs: Inputs) -> None:
             weight_sync=weight_sync(engine),
             prompts=PromptStream(inputs.train_prompts, config.run.seed, config.data.shuffle),
             sampling=inputs.sampling,
-            batching=batching,
+            batching=side.batching,
             rank=groups.rank,
-            evaluate_greedy=_evaluator(config, inputs, inputs.eval_prompts),
+            evaluator=_evaluator(config, inputs, inputs.eval_prompts),
             eval_prompts=inputs.eval_prompts,
             metrics=metrics,
             record=record,
+            start_rollout=authors.start,
         )
         try:
             result = trainer.fit()
@@ -173,114 +166,10 @@ def _open_run_dir(run_dir: Path, config: Config) -> None:
         ) from error
 
 
-def _batching(
-    config: Config, groups: ParallelGroups, arch: ModelArch, max_tokens: int | None, side: Side
-) -> Batching:
-    """How a model's ranks share out and pack the samples of a step."""
-    from megaopd.data.packing import Batching, CostModel, Packing
-
-    packing = Packing(config.train.micro_batch_size, max_tokens, groups.parallel.tensor)
-    return Batching(groups.layout, packing, side, CostModel.of(arch))
-
-
-@dataclass(frozen=True)
-class StudentSide:
-    """What a teacher must know of the student: who computes which tokens and vocabulary."""
-
-    groups: ParallelGroups
-    batching: Batching
-    vocab_rows: int
-
-
-def _teacher(config: Config, inputs: Inputs, student: StudentSide) -> Teacher:
-    """The run's one teacher, or all of them behind one."""
-    from megaopd.teacher.head import HeadSlot
-    from megaopd.teacher.routed import RoutedTeacher
-
-    slot = HeadSlot(student.groups.device)
-    teachers = {
-        name: TEACHERS[own.kind](name, own, config, inputs, student, slot)
-        for name, own in teacher_configs(config).items()
-    }
-    if len(teachers) == 1:
-        return teachers[""]
-    return RoutedTeacher(teachers, student.batching, student.groups.rank)
-
-
-def _checkpoint_teacher(
-    name: str,
-    own: TeacherConfig,
-    config: Config,
-    inputs: Inputs,
-    student: StudentSide,
-    slot: HeadSlot,
-) -> Teacher:
-    from megaopd.parallel import groups as parallel_groups
-    from megaopd.teacher.ema import EMATeacher
-    from megaopd.teacher.megatron import MegatronTeacher
-
-    groups = parallel_groups.initialize(
-        own.parallel or config.parallel, student.groups.device, config.run.seed
-    )
-    arch = inputs.teacher_archs[name]
-    max_tokens = own.max_tokens_per_micro_batch or config.train.max_tokens_per_micro_batch
-    batching = _batching(config, groups, arch, max_tokens, "teacher")
-    teacher = EMATeacher if own.kind == "ema" else MegatronTeacher
-    return teacher(own, arch, groups, batching, student.batching, student.vocab_rows, name, slot)
-
-
-def _student_as_teacher(
-    name: str,
-    own: TeacherConfig,
-    config: Config,
-    inputs: Inputs,
-    student: StudentSide,
-    slot: HeadSlot,
-) -> Teacher:
-    """Starts as the student does: from its directory, in its layout."""
-    own = replace(own, path=config.student.path)
-    return _checkpoint_teacher(name, own, config, inputs, student, slot)
-
-
-def _server_teacher(
-    name: str,
-    own: TeacherConfig,
-    config: Config,
-    inputs: Inputs,
-    student: StudentSide,
-    slot: HeadSlot,
-) -> Teacher:
-    from megaopd.teacher.sglang import SGLangTeacher
-
-    groups = student.groups
-    return SGLangTeacher(
-        own,
-        config.rollout.sglang,
-        inputs.vocab_size,
-        student.batching,
-        device=groups.device,
-        rank=groups.rank,
-        world_size=groups.world_size,
-        name=name,
-    )
-
-
-# By teacher.kind: (name, its configuration, the run's, inputs, the student's side, room for a head)
-# -> the teacher of the samples whose Prompt.teacher is that name. Collective.
-TEACHERS: dict[
-    str, Callable[[str, TeacherConfig, Config, Inputs, StudentSide, HeadSlot], Teacher]
-] = {
-    "checkpoint": _checkpoint_teacher,
-    "self": _student_as_teacher,
-    "ema": _student_as_teacher,
-    "sglang": _server_teacher,
-}
-
-
 def _evaluator(
     config: Config, inputs: Inputs, prompts: Sequence[Prompt]
 ) -> Callable[[RolloutEngine], EvalResult] | None:
-    """Greedy accuracy of an engine on prompts, or None where there are none."""
+    """Scores of an engine's answers to prompts, or None where there are none."""
     from megaopd.evaluation import evaluate
     from megaopd.rewards import find_reward
 
@@ -291,7 +180,15 @@ def _evaluator(
         prompts=prompts,
         reward=find_reward(config.eval.reward),
         tokenizer=inputs.tokenizer,
-        params=inputs.sampling,
+        # The same random numbers at every evaluation: what differs is the model.
+        params=replace(
+            inputs.sampling,
+            n=config.eval.n,
+            temperature=config.eval.temperature,
+            top_p=config.eval.top_p,
+            top_k=config.eval.top_k,
+            seed=config.run.seed,
+        ),
     )
 
 
@@ -306,7 +203,7 @@ def _recorder(
 
 
 def _teacher_result(config: Config, inputs: Inputs, groups: ParallelGroups) -> EvalResult | None:
-    """The teachers' own greedy accuracy, each on the prompts that are routed to it and as it sees
+    """The teachers' own accuracy, each on the prompts that are routed to it and as it sees
     them; their generation weights are gone when this returns."""
     from megaopd.evaluation import EvalRecord, EvalResult
 
@@ -328,14 +225,15 @@ def _teacher_result(config: Config, inputs: Inputs, groups: ParallelGroups) -> E
 
 
 def _export(config: Config, student: MegatronStudent, inputs: Inputs, is_main: bool) -> str | None:
-    """Writes the student as the configuration asks, to run.dir/hf and run.dir/megatron; collective.
-    Returns the Hugging Face directory."""
+    """Writes the student as the configuration asks, to run.dir/hf, run.dir/adapter and
+    run.dir/megatron; collective. Returns the Hugging Face directory."""
     from megaopd.models.hf_io import HFWriter
 
     if config.train.export_megatron:
         student.save(Path(config.run.dir) / "megatron", config.student.path)
     if not config.train.export:
         return None
+    _export_adapter(config, student, inputs, is_main)
     destination = Path(config.run.dir) / "hf"
     if is_main:
         with HFWriter(destination, config.student.path, inputs.student_arch, overwrite=True) as out:
@@ -344,6 +242,30 @@ def _export(config: Config, student: MegatronStudent, inputs: Inputs, is_main: b
         for _ in student.export_weights():
             pass
     return str(destination)
+
+
+def _export_adapter(
+    config: Config, student: MegatronStudent, inputs: Inputs, is_main: bool
+) -> None:
+    """Writes the LoRA adapters, if there are any, to run.dir/adapter as PEFT does; collective."""
+    from megaopd.models.build import DTYPES
+    from megaopd.models.hf_io.adapter import adapter_config, write_adapter
+    from megaopd.models.lora_spec import adapter_mappings, targets
+
+    lora, arch = config.student.lora, inputs.student_arch
+    if lora is None:
+        return
+    if is_main:
+        write_adapter(
+            Path(config.run.dir) / "adapter",
+            adapter_config(lora, targets(arch, lora), config.student.path),
+            adapter_mappings(arch, lora).values(),
+            student.export_adapter(),
+            DTYPES[config.student.dtype],
+        )
+    else:
+        for _ in student.export_adapter():
+            pass
 
 
 if __name__ == "__main__":

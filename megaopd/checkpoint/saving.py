@@ -28,6 +28,7 @@ from megaopd.checkpoint.torch_dist import ChunkFile, WrittenChunk, write_metadat
 from megaopd.models.arch import ModelArch
 from megaopd.models.build import HiddenGPTModel
 from megaopd.models.hf_io.companions import companion_bytes, copy_companions, set_config_dtype
+from megaopd.models.lora_layers import ADAPTERS, adapters_of
 from megaopd.parallel.groups import ParallelGroups
 from megaopd.storage.manifest import MANIFEST
 from megaopd.storage.staged import StagedDirectory
@@ -52,8 +53,8 @@ def save_model(
 ) -> Path:
     """Writes the weights as step `step` below `root`; collective over the world.
 
-    Each rank writes its shards into a file of its own. The step has its name only when all of it is
-    on the disk; then the pointer is moved to it.
+    LoRA adapters are merged into the weights. Each rank writes its shards into a file of its own.
+    The step has its name only when all of it is on the disk; then the pointer is moved to it.
 
     Args:
         source_dir: the directory, of either format, that the model came from: config.json, the
@@ -140,9 +141,13 @@ def _write_shards(
 def _shards(chunk: HiddenGPTModel, groups: ParallelGroups) -> Iterator[ShardedTensor]:
     """The shards of which this rank has the main replica, as Megatron-Core places them."""
     state = chunk.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})
-    queue = [value for name, value in state.items() if _EXTRA_STATE not in name]
+    queue = [v for name, v in state.items() if _EXTRA_STATE not in name and ADAPTERS not in name]
+    state.clear()  # of what is merged, one weight exists at a time
+    adapters = {a.weight.data_ptr(): a for a in adapters_of([chunk]).values()}
     while queue:
         value = queue.pop(0)
+        if adapter := adapters.pop(value.data.data_ptr(), None):
+            value.data = adapter.merged().view_as(value.data)
         if isinstance(value, ShardedTensorFactory):  # such as a gate and up projection in one
             queue[:0] = nested_values(value.build())
         elif is_main_replica(value.replica_id):

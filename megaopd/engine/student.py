@@ -31,9 +31,10 @@ from megaopd.engine.offload import (
 )
 from megaopd.engine.optimizer import build_optimizer, build_scheduler
 from megaopd.losses.objective import METRICS, YARDSTICKS, Objective, ObjectiveOutput
-from megaopd.models import weights
+from megaopd.models import lora, weights
 from megaopd.models.arch import ModelArch
 from megaopd.models.build import HiddenGPTModel, build_model
+from megaopd.models.lora_spec import adapter_specs
 from megaopd.models.moe import weigh_aux_loss
 from megaopd.parallel.groups import ParallelGroups
 from megaopd.protocols import StepResult
@@ -59,7 +60,7 @@ class MegatronStudent:
         vocab_size: int,
     ) -> None:
         self.arch, self.groups = arch, groups
-        self.frozen = config.student.freeze
+        self.frozen, self.lora = config.student.freeze, config.student.lora
         self.router_aux_loss_coef = config.student.router_aux_loss_coef
         self.chunks = build_model(
             arch,
@@ -72,6 +73,8 @@ class MegatronStudent:
         )
         load_model(self.chunks, arch, config.student.path)
         weights.freeze(self.chunks, arch, self.frozen)
+        if self.lora is not None:
+            lora.add_adapters(self.chunks, arch, groups, self.lora, config.run.seed)
         self.ddp = _data_parallel(self.chunks, groups)
         self.optimizer = build_optimizer(config.optimizer, config.student.dtype, self.ddp, groups)
         self.scheduler = build_scheduler(config.optimizer, self.optimizer, config.train.num_steps)
@@ -173,10 +176,21 @@ class MegatronStudent:
         return StepResult(metrics, num_tokens, False, bad_ids)
 
     def export_weights(self, only_trainable: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """Yields (Hugging Face name, full tensor) on every rank, one parameter at a time."""
+        """Yields (Hugging Face name, full tensor) on every rank, one parameter at a time; LoRA
+        adapters are merged into the weights, of which those with one are the trained ones."""
         frozen = self.frozen if only_trainable else ()
+        only = None
+        if only_trainable and self.lora is not None:
+            only = adapter_specs(self.arch, self.lora).keys()
         with self.weights.on_device():
-            yield from weights.export_weights(self.chunks, self.arch, self.groups, frozen)
+            yield from weights.export_weights(self.chunks, self.arch, self.groups, frozen, only)
+
+    def export_adapter(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields (layer.lora_A.weight or layer.lora_B.weight, full tensor) on every rank;
+        collective. There is nothing to yield without `student.lora`."""
+        if self.lora is not None:
+            with self.weights.on_device():
+                yield from lora.export_adapter(self.chunks, self.arch, self.groups, self.lora)
 
     @property
     def num_updates(self) -> int:
@@ -196,9 +210,9 @@ class MegatronStudent:
             )
 
     def weight_shards(self) -> Mapping[str, Tensor]:
-        """This rank's shards of all weights, frozen ones too, by canonical global name; views."""
-        params = weights.named_parameters(self.chunks, self.arch)
-        return {name: param.detach() for name, param in params.items()}
+        """This rank's shards of all weights, frozen ones too, by canonical global name: views, or
+        sums where there are LoRA adapters."""
+        return weights.MergedShards(self.chunks, self.arch)
 
     def off_device(self) -> AbstractContextManager[None]:
         """With `train.offload` the weights are in host memory inside the block."""

@@ -206,25 +206,25 @@ class QKV:
     cols: int | None
 
     @property
-    def _group_rows(self) -> tuple[int, int, int]:
+    def group_rows(self) -> tuple[int, int, int]:
         """Rows of one group in the query, key and value tensor."""
         return self.num_heads // self.num_kv_heads * self.head_dim, self.head_dim, self.head_dim
 
     def hf_shapes(self) -> tuple[Shape, ...]:
         tail = () if self.cols is None else (self.cols,)
-        return tuple((self.num_kv_heads * rows, *tail) for rows in self._group_rows)
+        return tuple((self.num_kv_heads * rows, *tail) for rows in self.group_rows)
 
     def load(self, read: Read, part: Partition) -> Tensor:
         groups = part.share(self.num_kv_heads, "KV heads")
         by_group = []
-        for index, rows in enumerate(self._group_rows):
+        for index, rows in enumerate(self.group_rows):
             run = read(index, rows=slice(groups.start * rows, groups.stop * rows))
             by_group.append(run.unflatten(0, (-1, rows)))
         return torch.cat(by_group, dim=1).flatten(0, 1)
 
     def export(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
         by_group = torch.cat(list(shards)).unflatten(0, (self.num_kv_heads, -1))
-        return tuple(x.flatten(0, 1) for x in by_group.split(self._group_rows, dim=1))
+        return tuple(x.flatten(0, 1) for x in by_group.split(self.group_rows, dim=1))
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from megaopd.config import (
 from megaopd.config_schema import build, field_docs, paths, section_of, to_markdown
 from megaopd.config_servers import check_local
 from megaopd.errors import ConfigError
-from megaopd.train import TEACHERS
+from megaopd.train_teachers import TEACHERS
 from megaopd.train_rollout import ENGINES, TRANSPORTS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -615,6 +615,27 @@ def test_what_can_work_is_not_refused(
             "teacher.max_tokens_per_micro_batch: found 0; expected a positive number",
         ),
         (["teacher.kind=self"], 3, "teacher.path: 'teacher' with teacher.kind self, whose weights"),
+        (["student.lora.rank=0"], 3, "student.lora.rank: found 0; expected a positive number"),
+        (
+            ["student.lora.rank=8", "student.freeze=['*norm*']"],
+            3,
+            "student.freeze: set together with student.lora",
+        ),
+        (
+            ["teacher.kind=base", "teacher.path="],
+            3,
+            "teacher.kind: base, and the student has no LoRA adapters",
+        ),
+        (
+            ["teacher.kind=base", "teacher.path=", "student.lora.rank=8", "teacher.offload=true"],
+            3,
+            "teacher.offload: true with teacher.kind base",
+        ),
+        (
+            ["teacher.kind=self", "teacher.path=", "student.lora.adapter=x"],
+            3,
+            "teacher.kind: self, and student.lora.adapter is set",
+        ),
         (
             ["teacher.kind=ema", "teacher.path=", "teacher.parallel.tensor=1"],
             3,

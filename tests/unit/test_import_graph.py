@@ -25,8 +25,8 @@ LAYERS = (
     ("errors", "logger", "memory", "parallel.cpu"),
     ("storage",),
     (
-        "config config_compose config_credit config_layouts config_rollout config_schema"
-        " config_servers config_validate",
+        "config config_compose config_credit config_layouts config_lora config_mixture"
+        " config_rollout config_schema config_servers config_validate",
         "batch",
     ),
     ("parallel.layout",),
@@ -36,7 +36,7 @@ LAYERS = (
     ("checkpoint",),
     ("engine", "trainer", "inputs", "summary", "plan"),
     ("teacher", "convert"),
-    ("train train_rollout evaluation.cli",),
+    ("train train_rollout train_teachers evaluation.cli",),
 )
 
 # The package itself sees to it that Megatron-Core can be imported without CUDA, and does no more.

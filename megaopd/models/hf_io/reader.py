@@ -26,7 +26,8 @@ from megaopd.storage.manifest import MANIFEST, verify_manifest
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-_DTYPES = {
+# Of weights, by the names that safetensors gives them.
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -165,13 +166,13 @@ class HFReader(WeightSource):
     def dtype(self, name: str) -> torch.dtype:
         part = self._parts.get(name)
         stored = self._tensor(part.fused if part else name).dtype
-        if stored not in _DTYPES:
+        if stored not in DTYPES:
             raise CheckpointError(
                 self.where(name),
                 f"has dtype {stored}",
-                f"convert the weights to one of {', '.join(_DTYPES)}",
+                f"convert the weights to one of {', '.join(DTYPES)}",
             )
-        return _DTYPES[stored]
+        return DTYPES[stored]
 
     def read(self, name: str, rows: slice | None = None, cols: slice | None = None) -> Tensor:
         """Returns a slice of the tensor; None takes the whole dim.
