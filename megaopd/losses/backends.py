@@ -103,8 +103,9 @@ def make_backend(
     logprob_temperature: float | None,
     like: torch.Tensor,
     num_logits: int,
+    entropy_coef: float = 0.0,
 ) -> Backend:
-    """The backend for one divergence.
+    """The backend for one divergence, less entropy_coef times the student's entropy.
 
     Args:
         like: a tensor of the work's device and dtype.
@@ -116,5 +117,5 @@ def make_backend(
     if chosen == "triton":
         from megaopd.losses.triton_backend import TritonBackend
 
-        return TritonBackend(parts, inv_tau, extra_inv_tau)
-    return TorchBackend(parts, inv_tau, extra_inv_tau, compiled=chosen == "compiled")
+        return TritonBackend(parts, inv_tau, extra_inv_tau, entropy_coef)
+    return TorchBackend(parts, inv_tau, extra_inv_tau, chosen == "compiled", entropy_coef)

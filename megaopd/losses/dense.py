@@ -29,6 +29,7 @@ def divergence(
     inplace: bool = False,
     labels_T: Tensor | None = None,
     logprob_temperature: float | None = None,
+    entropy_coef: float = 0.0,
 ) -> DivergenceOutput:
     """Exact per-token divergence between two vocabulary-parallel softmaxes.
 
@@ -53,6 +54,7 @@ def divergence(
         inplace: the backward overwrites `student_logits` with the gradient.
         labels_T: [T] int64 global ids; the output then holds their log-probs under both models.
         logprob_temperature: temperature of those log-probs; default the divergence's own.
+        entropy_coef: the loss is less by it times the student's entropy, gradient included.
 
     Returns:
         `DivergenceOutput` with a differentiable loss_T.
@@ -70,7 +72,8 @@ def divergence(
     check_labels(labels_T, num_tokens)
     shard = make_shard(student_logits.shape[1], teacher_logits.shape[1], vocab_size, tp_group)
     problem = make_problem(
-        kind, beta, alpha, temperature, logprob_temperature, shard, backend, student_logits
+        *(kind, beta, alpha, temperature, logprob_temperature, shard, backend, student_logits),
+        entropy_coef,
     )
     teacher = reshard_columns(teacher_logits.detach(), shard)
     chunk = chunk_tokens or max(1, num_tokens)

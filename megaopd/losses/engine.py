@@ -6,7 +6,7 @@ by a backend. It knows nothing of autograd: `dense` and `fused` wrap it.
 
 With phi = dD/dp, dD/dz_j = p_j (phi_j - sum_i p_i phi_i) / tau. So the backward of every divergence
 needs, besides the logits, a few scalars per token, all known after the forward: it runs without a
-collective.
+collective. So does that of the entropy bonus, whose entropy the same pass finds.
 
 Collectives of one `forward_rows` call over a group of more than one rank:
 - terms with a chain rule (alpha family, both KLs): one all-gather;
@@ -54,6 +54,7 @@ class Problem:
         logprob_temperature: temperature of the label log-probs, if it differs from tau, else None.
         shard: this rank's columns.
         backend: does the passes over logits.
+        entropy_coef: c: the loss is D - c H, H the student's entropy.
     """
 
     parts: tuple[Part, ...]
@@ -61,6 +62,7 @@ class Problem:
     logprob_temperature: float | None
     shard: VocabShard
     backend: Backend
+    entropy_coef: float = 0.0
 
     @property
     def one_pass(self) -> bool:
@@ -160,9 +162,16 @@ def forward_rows(
     else:
         loss, mean_pull = _summed_parts(problem, z, u, local, torch.stack(rows, dim=1).to(wide))
 
+    entropy = (w * (entropy_z - log_w)).sum(dim=0)
+    if problem.entropy_coef:
+        # tau d(-c H)/dz_j = c p_j (log p_j + H), log p_j = (z_j - max z) / tau + log scale_z: the
+        # backend knows the first part of log p_j, the rest is one number of the row.
+        loss = loss - problem.entropy_coef * entropy
+        log_scale = local.max_z * problem.inv_tau - totals[0]
+        mean_pull = mean_pull - problem.entropy_coef * (log_scale + entropy)
     values = RowValues(
         loss=loss.to(wide),
-        student_entropy=(w * (entropy_z - log_w)).sum(dim=0).to(wide),
+        student_entropy=entropy.to(wide),
         teacher_entropy=(v * (entropy_u - log_v)).sum(dim=0).to(wide),
     )
     if labels is not None:

@@ -50,6 +50,7 @@ def linear_divergence(
     inplace: bool = False,
     labels_T: Tensor | None = None,
     logprob_temperature: float | None = None,
+    entropy_coef: float = 0.0,
     weights_T: Tensor | None = None,
     reduce_hidden_grad: bool = True,
 ) -> DivergenceOutput:
@@ -62,7 +63,7 @@ def linear_divergence(
         teacher_hidden: [T, H_t], no gradient.
         teacher_head: [V / tp_size, H_t] the same global ids as student_head, no gradient.
         kind, beta, alpha, temperature, vocab_size, tp_group, backend: see `divergence`.
-        labels_T, logprob_temperature: see `divergence`.
+        labels_T, logprob_temperature, entropy_coef: see `divergence`.
         chunk_tokens: tokens whose logits are alive at a time; default at most 256 on a CPU,
             2048 on a GPU.
         inplace: accepted for symmetry; the logits are always overwritten.
@@ -100,7 +101,8 @@ def linear_divergence(
     check_labels(labels_T, num_tokens)
     shard = make_shard(student_head.shape[0], teacher_head.shape[0], vocab_size, tp_group)
     problem = make_problem(
-        kind, beta, alpha, temperature, logprob_temperature, shard, backend, student_hidden
+        *(kind, beta, alpha, temperature, logprob_temperature, shard, backend, student_hidden),
+        entropy_coef,
     )
 
     kept = None

@@ -32,3 +32,12 @@ IMPORTANCE: dict[str, Callable[[Tensor, LossConfig], tuple[Tensor, Tensor]]] = {
     "truncated": truncated,
     "icepop": icepop,
 }
+
+
+def importance(log_ratio: Tensor, config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """(weights [C] of tokens whose log(p / p_sampler) is given, [C] metrics of them)."""
+    correct = IMPORTANCE.get(config.importance)
+    if correct is None:
+        return torch.ones_like(log_ratio), {}
+    counts, clipped = correct(torch.exp(log_ratio), config)
+    return counts, {"loss/importance_clip_fraction": clipped.to(log_ratio.dtype)}

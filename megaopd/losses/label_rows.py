@@ -79,17 +79,19 @@ def write_label_gradient(
     shard: VocabShard,
     z: Tensor,
     labels: Tensor,
-    log_total: Tensor,
+    found: LabelRows,
     temperature: float,
     upstream: Tensor,
+    entropy_upstream: Tensor | None = None,
 ) -> None:
-    """Overwrites z with upstream_t d log p(label_t) / dz_t = upstream_t (1[label_t] - p) / tau; no
+    """Overwrites z with upstream_t d log p(label_t) / dz_t + entropy_upstream_t dH_t / dz_t, which
+    are upstream_t (1[label_t] - p) / tau and -entropy_upstream_t p (log p + H_t) / tau; no
     collective.
 
     Args:
         z, labels, temperature: as given to `label_rows`.
-        log_total: [C], of what it returned.
-        upstream: [C].
+        found: what it returned.
+        upstream, entropy_upstream: [C].
     """
     if not z.shape[1]:
         return
@@ -97,7 +99,13 @@ def write_label_gradient(
     for rows in tiles(z):
         wide = widen(z[rows])
         scale = (upstream[rows] / temperature).to(wide.dtype)[:, None]
-        p = torch.exp((wide / temperature).sub_(log_total[rows, None].to(wide.dtype)))
-        gradient = p.mul_(-scale)
+        log_p = (wide / temperature).sub_(found.log_total[rows, None].to(wide.dtype))
+        p = torch.exp(log_p)
+        if entropy_upstream is None:
+            gradient = p.mul_(-scale)
+        else:
+            rate = (entropy_upstream[rows] / temperature).to(wide.dtype)[:, None]
+            log_p.add_(found.entropy[rows, None].to(wide.dtype)).mul_(rate).add_(scale)
+            gradient = p.mul_(log_p.neg_())
         gradient.scatter_add_(1, local[rows, None], torch.where(owned[rows, None], scale, 0.0))
         z[rows] = gradient.to(z.dtype)

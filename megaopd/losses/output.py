@@ -19,7 +19,8 @@ class DivergenceOutput:
     """Per-token results, fp32 (fp64 for fp64 logits), the same on every rank of the group.
 
     Attributes:
-        loss_T: [T] the divergence. Differentiable, unless `loss_sum` is given.
+        loss_T: [T] the divergence, less entropy_coef times the student's entropy. Differentiable,
+            unless `loss_sum` is given.
         student_entropy_T: [T] nats, at the divergence's temperature, detached.
         teacher_entropy_T: [T] likewise.
         student_logprobs_T: [T] log-probability of the labels, detached; None without labels.
@@ -45,6 +46,7 @@ def make_problem(
     shard: VocabShard,
     backend: str,
     like: Tensor,
+    entropy_coef: float = 0.0,
 ) -> Problem:
     """Checks the options and turns them into the engine's terms.
 
@@ -59,10 +61,11 @@ def make_problem(
     if logprob_temperature == temperature:
         logprob_temperature = None
     parts = parts_of(kind, beta, alpha)
+    num_logits = like.shape[0] * shard.width
     made = make_backend(
-        backend, parts, temperature, logprob_temperature, like, like.shape[0] * shard.width
+        backend, parts, temperature, logprob_temperature, like, num_logits, entropy_coef
     )
-    return Problem(parts, temperature, logprob_temperature, shard, made)
+    return Problem(parts, temperature, logprob_temperature, shard, made, entropy_coef)
 
 
 def check_labels(labels: Tensor | None, num_tokens: int) -> None:

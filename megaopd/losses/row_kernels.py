@@ -252,17 +252,22 @@ def local_pass(
     return [*stats, scalars[2], *sums]
 
 
-def _gradient(parts: Parts, inv_tau: float, z: Tensor, u: Tensor, rows: Tensor) -> list[Tensor]:
-    """row_weight (pull - p mean_pull) as `_lanes` of the tile.
+def _gradient(
+    parts: Parts, inv_tau: float, entropy_coef: float, z: Tensor, u: Tensor, rows: Tensor
+) -> list[Tensor]:
+    """row_weight (pull + p entropy_coef (z - max z) / tau - p mean_pull) as `_lanes` of the tile.
 
     Args:
-        rows: [C, 7] the five row scalars, then mean_pull, then row_weight, which holds the 1 / tau.
+        rows: [C, 7] the five row scalars, then mean_pull (what is the same for all columns of the
+            entropy's gradient is in it), then row_weight, which holds the 1 / tau.
     """
     *scalars, mean_pull, row_weight = (row[:, None] for row in rows.unbind(1))
     gradient = []
     for wide_z, wide_u in zip(_lanes(z), _lanes(u), strict=True):
         p, q, d = probabilities(inv_tau, wide_z, wide_u, scalars)
         total = p * -mean_pull
+        if entropy_coef:
+            total = total + p * ((wide_z - scalars[0]) * (inv_tau * entropy_coef))
         for part in parts:
             total = total + part.pull(p, q, d) * part.weight
         gradient.append(total * row_weight)
@@ -270,14 +275,20 @@ def _gradient(parts: Parts, inv_tau: float, z: Tensor, u: Tensor, rows: Tensor) 
 
 
 def write_gradient(
-    parts: Parts, inv_tau: float, z: Tensor, u: Tensor, rows: Tensor, out: Tensor
+    parts: Parts,
+    inv_tau: float,
+    entropy_coef: float,
+    z: Tensor,
+    u: Tensor,
+    rows: Tensor,
+    out: Tensor,
 ) -> None:
     """The gradient into `out`, which shares no memory with the logits, rounded to its dtype."""
-    _store(_gradient(parts, inv_tau, z, u, rows), out)
+    _store(_gradient(parts, inv_tau, entropy_coef, z, u, rows), out)
 
 
 def overwrite_with_gradient(
-    parts: Parts, inv_tau: float, z: Tensor, u: Tensor, rows: Tensor
+    parts: Parts, inv_tau: float, entropy_coef: float, z: Tensor, u: Tensor, rows: Tensor
 ) -> None:
     """The gradient into z. A function of its own: torch.compile mishandles aliased arguments."""
-    _store(_gradient(parts, inv_tau, z, u, rows), z)
+    _store(_gradient(parts, inv_tau, entropy_coef, z, u, rows), z)

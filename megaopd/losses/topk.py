@@ -174,9 +174,11 @@ def forward_rows(
 
     Returns:
         ([loss, student entropy, teacher entropy] [C] fp64, the same on every rank, and the state
-        for `gradient_rows`).
+        for `gradient_rows`). The entropy bonus is over the whole vocabulary, the K and the tail.
     """
     log_p, log_rest, log_total, entropy = _masses(problem, z, ids)
+    coef = problem.entropy_coef
+    bonus = coef * log_p.exp() * (log_p + entropy[:, None])
     log_p, log_q = _outcomes(log_p, log_rest, teacher_logprobs, ids < 0, bucket)
     p, q, d = log_p.exp(), log_q.exp(), log_p - log_q
     value, pull = torch.zeros_like(p), torch.zeros_like(p)
@@ -189,7 +191,9 @@ def forward_rows(
     if bucket:
         tail_rate = torch.where(p[:, -1] > 0, grad[:, -1] / p[:, -1], 0.0)
         grad = grad[:, :-1]
-    return [value.sum(1), entropy, -(q * log_q).sum(1)], [grad, log_total, tail_rate]
+    loss = value.sum(1) - coef * entropy
+    state = [grad + bonus, log_total, tail_rate + coef * (entropy - log_total)]
+    return [loss, entropy, -(q * log_q).sum(1)], state
 
 
 def gradient_rows(
@@ -213,11 +217,14 @@ def gradient_rows(
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     grad, log_total, tail_rate = (x.to(wide) for x in state)
     row_weight = upstream.to(wide) * problem.inv_tau
-    if bucket:
+    if bucket or problem.entropy_coef:
         for rows in tiles(z):
             scaled = row_kernels.widen(z[rows]) * problem.inv_tau
+            rate = tail_rate[rows, None]
+            if problem.entropy_coef:
+                rate = rate + scaled * problem.entropy_coef
             scaled -= log_total[rows, None]
-            out[rows] = scaled.exp_() * (tail_rate * row_weight)[rows, None]
+            out[rows] = scaled.exp_() * rate * row_weight[rows, None]
     else:
         out.zero_()
     local, owned = problem.shard.local_ids(ids)

@@ -80,6 +80,7 @@ class TorchBackend:
         parts: the terms.
         inv_tau: 1 / temperature.
         extra_inv_tau: 1 / temperature of the label log-probs if that differs, else None.
+        entropy_coef: of the entropy that the loss is less by.
         compiled: whether the kernels go through torch.compile.
     """
 
@@ -89,6 +90,7 @@ class TorchBackend:
         inv_tau: float,
         extra_inv_tau: float | None,
         compiled: bool,
+        entropy_coef: float = 0.0,
     ) -> None:
         self.parts, self.inv_tau, self.extra_inv_tau = parts, inv_tau, extra_inv_tau
         chained = all(part.order is not None for part in parts)
@@ -100,8 +102,9 @@ class TorchBackend:
         self._local_pass = bind(row_kernels.local_pass, parts, inv_tau, extra_inv_tau, False)
         self._refined_pass = bind(row_kernels.local_pass, parts, inv_tau, extra_inv_tau, True)
         self._part_sums = bind(row_kernels.part_sums, parts, inv_tau)
-        self._write_gradient = bind(row_kernels.write_gradient, parts, inv_tau)
-        self._overwrite_with_gradient = bind(row_kernels.overwrite_with_gradient, parts, inv_tau)
+        constants = (parts, inv_tau, entropy_coef)
+        self._write_gradient = bind(row_kernels.write_gradient, *constants)
+        self._overwrite_with_gradient = bind(row_kernels.overwrite_with_gradient, *constants)
 
     def _tiles(self, z: Tensor) -> Iterator[slice]:
         kinds = self.tile_elements

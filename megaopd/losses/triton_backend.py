@@ -60,9 +60,14 @@ class TritonBackend:
     """See `engine.Backend`; fp16, bf16 and fp32 logits with contiguous columns."""
 
     def __init__(
-        self, parts: tuple[Part, ...], inv_tau: float, extra_inv_tau: float | None
+        self,
+        parts: tuple[Part, ...],
+        inv_tau: float,
+        extra_inv_tau: float | None,
+        entropy_coef: float = 0.0,
     ) -> None:
         self.parts, self.inv_tau, self.extra_inv_tau = parts, inv_tau, extra_inv_tau
+        self.entropy_coef = entropy_coef
         self.terms = _terms(parts)
         self.common = {"FLOOR": LOGIT_FLOOR, "WIDE": WIDE_GAP, "num_warps": _NUM_WARPS}
 
@@ -162,6 +167,7 @@ class TritonBackend:
                 out.stride(0),
                 num_columns,
                 self.inv_tau,
+                self.entropy_coef,
                 BLOCK=_BLOCK,
                 **self.terms,
                 **self.common,

@@ -234,6 +234,7 @@ def gradient_kernel(
     out_stride,
     num_columns,
     inv_tau,
+    entropy_coef,
     X0,
     X1,
     W0,
@@ -252,7 +253,8 @@ def gradient_kernel(
     z = _load(z_ptr + row * z_stride, offsets, mask, FLOOR)
     u = _load(u_ptr + row * u_stride, offsets, mask, FLOOR)
     p, q, d = _probabilities(z, u, mask, rows, inv_tau, WIDE)
-    total = W0 * pull(p, q, d, CODE0, X0) - p * tl.load(rows + 5)
+    entropy = entropy_coef * (z - tl.load(rows)) * inv_tau
+    total = W0 * pull(p, q, d, CODE0, X0) + p * (entropy - tl.load(rows + 5))
     if CODE1 >= 0:
         total += W1 * pull(p, q, d, CODE1, X1)
     total *= tl.load(rows + 6)

@@ -36,6 +36,7 @@ def full_objective(settings: LossSettings, rows: LossRows, signal: HiddenSignal)
         backend=c.backend,
         labels_T=rows.labels_L,
         logprob_temperature=settings.sampler_temperature,
+        entropy_coef=c.entropy_coef,
         weights_T=rows.weights_L,
     )
     assert out.loss_sum is not None  # weights were given
@@ -44,7 +45,7 @@ def full_objective(settings: LossSettings, rows: LossRows, signal: HiddenSignal)
         out.loss_sum,
         out.student_logprobs_T,
         {
-            "loss/divergence": out.loss_T,
+            "loss/divergence": out.loss_T + c.entropy_coef * out.student_entropy_T,
             "student/entropy": out.student_entropy_T,
             "teacher/entropy": out.teacher_entropy_T,
         },

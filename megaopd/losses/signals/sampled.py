@@ -13,18 +13,16 @@ as a loss, which has the same gradient); see `estimators`.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from megaopd.batch import TokenSignal
 from megaopd.losses.divergences import parts_of
-from megaopd.losses.importance import IMPORTANCE
-from megaopd.losses.label_rows import label_rows, write_label_gradient
-from megaopd.losses.linear_rows import linear_rows
-from megaopd.losses.signals.terms import LossRows, LossSettings, LossTerms, at_rows
-from megaopd.losses.vocab_shard import make_shard
+from megaopd.losses.importance import importance
+from megaopd.losses.label_rows import LabelRows
+from megaopd.losses.signals.labels import TokenLoss, label_terms
+from megaopd.losses.signals.terms import LossRows, LossSettings, LossTerms
 
 # A token that is e^80 times likelier for the teacher is never sampled; fp32 ends at e^88.
-_LEAST_D = -80.0
+LEAST_D = -80.0
 
 
 def sampled_objective(settings: LossSettings, rows: LossRows, signal: TokenSignal) -> LossTerms:
@@ -35,45 +33,25 @@ def sampled_objective(settings: LossSettings, rows: LossRows, signal: TokenSigna
     it, so that it speaks for the weights in training. The sampler's softmax must be whole.
 
     Raises:
-        LossArgumentError: a temperature other than the servers'.
+        LossArgumentError: a temperature other than the servers', or tokens that the student did not
+            sample.
     """
     c = settings.config
     settings.require_server_temperature()
-    device, width = rows.hidden_LH.device, rows.head_VH.shape[0]
-    shard = make_shard(width, width, settings.vocab_size, settings.tp_group)
     parts = parts_of(c.kind, c.beta, c.alpha)
-    kept = rows.weights_L.nonzero()[:, 0]
-    weights, labels = rows.weights_L[kept], rows.labels_L[kept]
-    sampler = rows.sampler_logprobs_L[kept]
-    teacher = signal.logprobs_L.to(device, non_blocking=True)[kept]
-    correct = IMPORTANCE.get(c.importance)
+    scored, kept = rows.scored()
+    scored.require_sampled("a teacher that tells the sampled tokens alone (teacher.top_k 0)")
+    teacher = signal.logprobs_L.to(rows.hidden_LH.device, non_blocking=True)[kept]
 
-    def row_loss(z: Tensor, chunk: slice, write_gradient: bool) -> list[Tensor]:
-        found = label_rows(shard, z, labels[chunk], c.temperature, settings.sampler_temperature)
-        d = (found.logprobs - teacher[chunk]).clamp(min=_LEAST_D)
+    def token_loss(found: LabelRows, chunk: slice) -> TokenLoss:
+        d = (found.logprobs - teacher[chunk]).clamp(min=LEAST_D)
         one, q = torch.ones_like(d), torch.exp(-d)
         value, phi = torch.zeros_like(d), torch.zeros_like(d)
         for part in parts:
             value += part.weight * part.value(one, q, d)
             phi += part.weight * part.pull(one, q, d)
-        counts, clipped = one, torch.zeros_like(d)
-        if correct is not None:
-            counts, clipped = correct(torch.exp(found.logprobs - sampler[chunk]), c)
-        scale = weights[chunk] * counts
-        if write_gradient:
-            upstream = scale * phi
-            write_label_gradient(shard, z, labels[chunk], found.log_total, c.temperature, upstream)
-        return [scale * value, counts * value, found.entropy, found.sampler_logprobs, clipped]
+        counts, metrics = importance(found.logprobs - scored.sampler_logprobs_L[chunk], c)
+        value = counts * value
+        return TokenLoss(value, counts * phi, {"loss/divergence": value, **metrics})
 
-    loss_sum, columns = linear_rows(
-        rows.hidden_LH[kept],
-        rows.head_VH,
-        row_loss,
-        shard=shard,
-        chunk_tokens=settings.chunk_tokens(len(kept)),
-    )
-    loss, entropy, student_logprobs, clipped = at_rows(columns[1:], kept, len(rows.weights_L))
-    metrics = {"loss/divergence": loss, "student/entropy": entropy}
-    if correct is not None:
-        metrics["loss/importance_clip_fraction"] = clipped
-    return LossTerms(loss_sum, student_logprobs, metrics)
+    return label_terms(settings, scored, kept, len(rows.weights_L), token_loss)

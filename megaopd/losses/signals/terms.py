@@ -1,8 +1,8 @@
-"""What the objective of every kind of signal takes, and what it gives."""
+"""What every objective takes, and what it gives."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
 from torch import Tensor
@@ -52,6 +52,9 @@ class LossRows:
         labels_L: int64 the sampled tokens.
         sampler_logprobs_L: fp32 their log-probs under the sampler.
         weights_L: fp32 weights of their loss; a token of weight 0 is not computed.
+        sampled_L: bool, whether the student sampled the token; elsewhere sampler_logprobs_L means
+            nothing.
+        advantages_L: fp32 advantages of the tokens; None where none were computed.
     """
 
     hidden_LH: Tensor
@@ -59,6 +62,34 @@ class LossRows:
     labels_L: Tensor
     sampler_logprobs_L: Tensor
     weights_L: Tensor
+    sampled_L: Tensor
+    advantages_L: Tensor | None = None
+
+    def scored(self) -> tuple[LossRows, Tensor]:
+        """The tokens that are computed, and where they are among these, int64."""
+        kept = self.weights_L.nonzero()[:, 0]
+        advantages = None if self.advantages_L is None else self.advantages_L[kept]
+        return replace(
+            self,
+            hidden_LH=self.hidden_LH[kept],
+            labels_L=self.labels_L[kept],
+            sampler_logprobs_L=self.sampler_logprobs_L[kept],
+            weights_L=self.weights_L[kept],
+            sampled_L=self.sampled_L[kept],
+            advantages_L=advantages,
+        ), kept
+
+    def require_sampled(self, objective: str) -> None:
+        """Raises LossArgumentError unless the student sampled all tokens: expectations over its
+        distribution are estimated from its own tokens alone."""
+        others = int((~self.sampled_L).sum())
+        require(
+            others == 0,
+            "rollout.mixture",
+            f"{others} tokens that the student did not sample, with {objective}",
+            "train on the student's samples alone, or choose loss.objective=divergence with a "
+            "teacher that tells more than the sampled tokens, or likelihood",
+        )
 
 
 @dataclass(frozen=True)
@@ -69,7 +100,8 @@ class LossTerms:
     Attributes:
         loss_sum: scalar, the sum of weight times loss; differentiable.
         student_logprobs_L: log-probs of the labels at the sampler's temperature, detached.
-        metrics: name -> [L], detached; names are entries of `objective.METRICS`.
+        metrics: name -> [L], detached; names are entries of `objective.METRICS`; student/entropy is
+            always there.
     """
 
     loss_sum: Tensor

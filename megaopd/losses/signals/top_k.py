@@ -10,8 +10,8 @@ from megaopd.losses import topk
 from megaopd.losses.label_rows import label_rows
 from megaopd.losses.linear_rows import linear_rows
 from megaopd.losses.output import make_problem
+from megaopd.losses.signals.labels import student_shard
 from megaopd.losses.signals.terms import LossRows, LossSettings, LossTerms, at_rows
-from megaopd.losses.vocab_shard import make_shard
 
 
 def top_k_objective(settings: LossSettings, rows: LossRows, signal: TopKSignal) -> LossTerms:
@@ -23,13 +23,13 @@ def top_k_objective(settings: LossSettings, rows: LossRows, signal: TopKSignal) 
     """
     c = settings.config
     settings.require_server_temperature()
-    device, width = rows.hidden_LH.device, rows.head_VH.shape[0]
-    shard = make_shard(width, width, settings.vocab_size, settings.tp_group)
+    device, shard = rows.hidden_LH.device, student_shard(settings, rows.head_VH)
     problem = make_problem(
-        c.kind, c.beta, c.alpha, c.temperature, None, shard, "eager", rows.hidden_LH
+        *(c.kind, c.beta, c.alpha, c.temperature, None, shard, "eager", rows.hidden_LH),
+        c.entropy_coef,
     )
-    kept = rows.weights_L.nonzero()[:, 0]
-    weights, labels = rows.weights_L[kept], rows.labels_L[kept]
+    scored, kept = rows.scored()
+    weights, labels = scored.weights_L, scored.labels_L
     ids = signal.ids_LK.to(device, non_blocking=True)[kept].long()
     logprobs = signal.logprobs_LK.to(device, non_blocking=True)[kept]
     topk.check_ids(ids, shard)
@@ -43,7 +43,7 @@ def top_k_objective(settings: LossSettings, rows: LossRows, signal: TopKSignal) 
         return [weights[chunk] * values[0], *values, label.sampler_logprobs]
 
     loss_sum, columns = linear_rows(
-        rows.hidden_LH[kept],
+        scored.hidden_LH,
         rows.head_VH,
         row_loss,
         shard=shard,
@@ -57,7 +57,7 @@ def top_k_objective(settings: LossSettings, rows: LossRows, signal: TopKSignal) 
         loss_sum,
         student_logprobs,
         {
-            "loss/divergence": loss,
+            "loss/divergence": loss + c.entropy_coef * student_entropy,
             "student/entropy": student_entropy,
             "teacher/entropy": teacher_entropy,
             "teacher/top_k_mass": mass,
