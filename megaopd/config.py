@@ -305,7 +305,7 @@ class EvalConfig:
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy."""
     top_p: float = 1.0
-    """Nucleus mass."""
+    """Nucleus mass; 1 leaves the distribution whole."""
     top_k: int = 0
     """Keep the k likeliest tokens; 0 keeps all."""
     teacher: bool = True

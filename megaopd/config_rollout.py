@@ -69,6 +69,17 @@ class AgentConfig:
 
 
 @dataclass(frozen=True)
+class MixtureConfig:
+    """Who answers the training prompts: the student, their teachers, the data set."""
+
+    on_policy: float = 1.0
+    """Fraction of the prompts that the student answers: lambda of GKD (arXiv 2306.13649)."""
+    teacher: float = 0.0
+    """Fraction that their teacher answers. What is left has the data set's own responses, from
+    data.response_column."""
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """How the student samples."""
 
@@ -104,5 +115,7 @@ class RolloutConfig:
     launch: bool = False
     """Start the servers ourselves, for `sglang`, and stop them at the end."""
     sglang: SGLangConfig = field(default_factory=SGLangConfig)
+    mixture: MixtureConfig | None = None
+    """Samples of others among the student's; null trains on the student's alone."""
     agent: AgentConfig | None = None
     """Conversations with tools instead of single responses; null generates single responses."""

@@ -26,7 +26,7 @@ def summarise(
     """What summary.json holds.
 
     Args:
-        teacher: the teacher's own greedy accuracy, where it was measured.
+        teacher: the teacher's own accuracy, where it was measured.
         hf_export: the directory of the exported student, if there is one.
     """
     before, after = result.before, result.after
@@ -34,12 +34,14 @@ def summarise(
         "task": config.data.name,
         "seed": config.run.seed,
         "teacher_accuracy": teacher.accuracy if teacher else None,
-        "student_accuracy_before": before.greedy.accuracy if before else None,
-        "student_accuracy_after": after.greedy.accuracy if after else None,
+        "student_accuracy_before": before.answers.accuracy if before else None,
+        "student_accuracy_after": after.answers.accuracy if after else None,
         "lead_recovered": None,
         "reverse_kl_before": before.reverse_kl if before else None,
         "reverse_kl_after": after.reverse_kl if after else None,
         "num_eval_prompts": len(inputs.eval_prompts),
+        "eval_samples_per_prompt": config.eval.n,
+        "eval_temperature": config.eval.temperature,
         "num_overlong_prompts": inputs.num_overlong,
         "num_steps": result.num_steps,
         "train_wall_s": round(result.train_wall_s, 2),
@@ -53,9 +55,9 @@ def summarise(
         "max_new_tokens": config.rollout.max_new_tokens,
         "stop_token_ids": list(inputs.sampling.stop_token_ids),
     }
-    if teacher and before and after and teacher.accuracy > before.greedy.accuracy:
-        summary["lead_recovered"] = (after.greedy.accuracy - before.greedy.accuracy) / (
-            teacher.accuracy - before.greedy.accuracy
+    if teacher and before and after and teacher.accuracy > before.answers.accuracy:
+        summary["lead_recovered"] = (after.answers.accuracy - before.answers.accuracy) / (
+            teacher.accuracy - before.answers.accuracy
         )
     return summary
 
@@ -73,7 +75,7 @@ def write_results(
         if evaluation:
             rows = (
                 {**asdict(r), "prompt_ids": prompt_ids[r.prompt_id]}
-                for r in evaluation.greedy.records
+                for r in evaluation.answers.records
             )
             (run_dir / f"eval_{name}.jsonl").write_text(
                 "".join(f"{json.dumps(row)}\n" for row in rows)
@@ -92,8 +94,9 @@ def _report_samples(
     if not before or not after:
         return []
     # An engine may set a prompt aside in one evaluation alone.
-    answers = {record.prompt_id: record for record in after.greedy.records}
-    pairs = [(r, answers[r.prompt_id]) for r in before.greedy.records if r.prompt_id in answers]
+    answers = {r.prompt_id: r for r in after.answers.records if r.index == 0}
+    first = [r for r in before.answers.records if r.index == 0]
+    pairs = [(r, answers[r.prompt_id]) for r in first if r.prompt_id in answers]
     return [
         {
             "prompt": old.prompt_text,

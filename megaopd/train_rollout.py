@@ -10,12 +10,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from megaopd.config import Config, SGLangConfig, TeacherConfig
+from megaopd.config import Config, MixtureConfig, SGLangConfig, TeacherConfig
 from megaopd.errors import ConfigError
-from megaopd.inputs import Inputs
+from megaopd.inputs import Inputs, teacher_configs
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from megaopd.parallel.groups import ParallelGroups
     from megaopd.protocols import RolloutEngine, WeightSync
     from megaopd.rollout.conversation import Converse
+    from megaopd.rollout.mixture import Mixture
     from megaopd.rollout.sglang.engine import WeightTransport
     from megaopd.rollout.sglang.fleet import ServerFleet
     from megaopd.rollout.sglang.health import Endpoint
@@ -209,6 +211,23 @@ def teacher_engine(
         conversation(config, inputs),
         groups,
     )
+
+
+def mixture(
+    config: Config, inputs: Inputs, groups: ParallelGroups, student: RolloutEngine
+) -> Mixture:
+    """Who answers the training prompts, with engines for the teachers among them; collective."""
+    from megaopd.rollout.mixture import Mixture
+
+    shares = config.rollout.mixture or MixtureConfig()
+    asked = {prompt.teacher for prompt in inputs.train_prompts} if shares.teacher else set()
+    with ExitStack() as started:
+        teachers = {}
+        for name in sorted(asked):
+            engine = teacher_engine(teacher_configs(config)[name], config, inputs, groups)
+            teachers[name] = started.enter_context(closing(engine))
+        started.pop_all()
+    return Mixture(shares, config.run.seed, student, teachers, inputs.responses)
 
 
 def own_weights_engine(

@@ -13,7 +13,7 @@ from megaopd.config import Config
 from megaopd.data.packing import Batching
 from megaopd.data.prompts import PromptStream
 from megaopd.errors import NumericError, RolloutError
-from megaopd.evaluation import EvalResult, nothing_sampled
+from megaopd.evaluation import EvalResult, eval_metrics, nothing_sampled
 from megaopd.logger import get_logger
 from megaopd.metrics import MetricsWriter, PhaseTimer
 from megaopd.protocols import (
@@ -24,8 +24,11 @@ from megaopd.protocols import (
     Teacher,
     WeightSync,
 )
+from megaopd.rollout.mixture import fractions
 
 logger = get_logger(__name__)
+
+StartRollout = Callable[[int, Sequence[Prompt], SamplingParams], PendingRollout]
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,12 @@ class Evaluation:
     """One evaluation of the student on the held-out prompts.
 
     Attributes:
-        greedy: accuracy and responses under greedy decoding.
+        answers: scores and responses, sampled as `eval` says.
         reverse_kl: mean reverse KL to the teacher over the tokens of samples at the rollout's
             temperature, as far as the teacher's signals tell: exact, bounded or estimated.
     """
 
-    greedy: EvalResult
+    answers: EvalResult
     reverse_kl: float
 
 
@@ -72,11 +75,12 @@ class OPDTrainer:
         sampling: how to sample; its seed is the run's.
         batching: how the student's ranks share out and pack samples.
         rank: this rank.
-        evaluate_greedy: greedy accuracy of an engine on the held-out prompts; None evaluates
-            nothing.
+        evaluator: scores of an engine's answers to the held-out prompts; None evaluates nothing.
         eval_prompts: the held-out prompts.
         metrics: where metrics go.
         record: takes (step, prompts, samples) of every training step, to replay them later.
+        start_rollout: begins the rollout of a training step, (step, prompts, params); None asks the
+            engine for all of it.
     """
 
     def __init__(
@@ -91,19 +95,23 @@ class OPDTrainer:
         sampling: SamplingParams,
         batching: Batching,
         rank: int,
-        evaluate_greedy: Callable[[RolloutEngine], EvalResult] | None,
+        evaluator: Callable[[RolloutEngine], EvalResult] | None,
         eval_prompts: Sequence[Prompt],
         metrics: MetricsWriter,
         record: Callable[[int, Sequence[Prompt], Sequence[Sample]], None] | None = None,
+        start_rollout: StartRollout | None = None,
     ) -> None:
         self.config = config
         self.student, self.teacher, self.engine = student, teacher, engine
         self.weight_sync = weight_sync
         self.prompts, self.sampling = prompts, sampling
         self.batching, self.rank = batching, rank
-        self.evaluate_greedy, self.eval_prompts = evaluate_greedy, eval_prompts
+        self.evaluator, self.eval_prompts = evaluator, eval_prompts
         self.metrics = metrics
         self.record = record
+        self.start_rollout: StartRollout = start_rollout or (
+            lambda step, prompts, params: engine.start(prompts, params)
+        )
         self.mismatch_kl_max = 0.0
         self._skipped_in_a_row = 0
         # Of this step and those after it, in order.
@@ -136,7 +144,9 @@ class OPDTrainer:
             self._start_rollouts(step)
             prompts, rollout = self._rollouts.popleft()
             samples = rollout.result()
-        rollout_metrics = {**self.engine.metrics, **self._staleness(step, samples)}
+        rollout_metrics = {**self._staleness(step, samples), **fractions(samples)}
+        if any(s.source == "student" for s in samples):
+            rollout_metrics |= self.engine.metrics
         if self.record is not None:
             self.record(step, prompts, samples)
         with timer.phase("pack"):
@@ -171,11 +181,12 @@ class OPDTrainer:
         ahead = min(config.rollout.max_staleness, config.train.num_steps - step)
         while len(self._rollouts) <= ahead:
             prompts = self.prompts.next(config.train.global_batch_size // config.rollout.n)
-            params = self._seeded("train", step + len(self._rollouts))
-            self._rollouts.append((prompts, self.engine.start(prompts, params)))
+            number = step + len(self._rollouts)
+            params = self._seeded("train", number)
+            self._rollouts.append((prompts, self.start_rollout(number, prompts, params)))
 
     def _staleness(self, step: int, samples: Sequence[Sample]) -> dict[str, float]:
-        """How many updates older than the weights that they train the sampled tokens are.
+        """How many updates older than the weights that they train the student's tokens are.
 
         Raises:
             RolloutError: a sample is older than `rollout.max_staleness` or newer than our weights,
@@ -183,6 +194,9 @@ class OPDTrainer:
         """
         if not samples:
             raise nothing_sampled(f"step {step}")
+        samples = [sample for sample in samples if sample.source == "student"]
+        if not samples:
+            return {}
         version, bound = self.engine.weight_version, self.config.rollout.max_staleness
         # A recording holds what other weights sampled; its versions are those of its own run.
         if self.config.rollout.kind != "recorded":
@@ -195,32 +209,30 @@ class OPDTrainer:
         }
 
     def evaluate(self, step: int) -> Evaluation | None:
-        """Greedy accuracy and reverse KL on the held-out prompts."""
-        if self.evaluate_greedy is None:
+        """Accuracy and reverse KL on the held-out prompts."""
+        if self.evaluator is None:
             return None
         timer = PhaseTimer()
         with timer.phase("eval"):
             # The same random numbers at every evaluation: what differs is the student.
             sampling = replace(self._seeded("eval", 0), n=1)
             with self.student.off_device():
-                greedy = self.evaluate_greedy(self.engine)
+                answers = self.evaluator(self.engine)
                 samples = self.engine.generate(self.eval_prompts, sampling)
             if not samples:
                 raise nothing_sampled(f"evaluation at step {step}")
             assignment = self.batching.assign(samples)
             micro_batches = self.batching.micro_batches(samples, assignment, self.rank)
             result = self.student.evaluate(micro_batches, self.teacher.score(samples))
-        evaluation = Evaluation(greedy, result.metrics["loss/divergence"])
+        evaluation = Evaluation(answers, result.metrics["loss/divergence"])
         # The student names them by what its teachers let it measure.
         yardsticks = {n: v for n, v in result.metrics.items() if n.startswith("eval/")}
         self.metrics.write(
             step,
             {
-                "eval/accuracy": greedy.accuracy,
+                **eval_metrics(answers, self.config.eval.reward),
                 **yardsticks,
-                "eval/response_tokens_mean": greedy.mean_length,
-                "eval/truncated_fraction": greedy.truncated_fraction,
-                "eval/set_aside": float(len(self.eval_prompts) - len(greedy.records)),
+                "eval/set_aside": float(len(self.eval_prompts) - answers.num_prompts),
                 **timer.metrics(),
                 **timer.peak_memory(),
             },

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +16,7 @@ import torch
 
 from megaopd.batch import Prompt
 from megaopd.config import DataConfig
+from megaopd.data.responses import ResponseForm
 from megaopd.data.rows import Row, excerpt, read_rows
 from megaopd.data.tokenizer import template_options
 from megaopd.data.tool_template import ToolTemplate
@@ -32,10 +33,12 @@ class PromptSet:
     Attributes:
         prompts: in the file's order.
         num_overlong: prompts longer than data.max_prompt_tokens, set aside.
+        responses: the data set's own, by prompt id, where they were asked for.
     """
 
     prompts: tuple[Prompt, ...]
     num_overlong: int
+    responses: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def load_prompts(
@@ -46,6 +49,7 @@ def load_prompts(
     tools: ToolTemplate | None = None,
     *,
     reword: Callable[[str], str] | None = None,
+    responses: ResponseForm | None = None,
 ) -> PromptSet:
     """Reads prompts from a JSONL or parquet file, or from a directory of them.
 
@@ -59,6 +63,7 @@ def load_prompts(
         tools: offers tools in every prompt that goes through the chat template.
         reword: what becomes of the user's last message, or of a string prompt; the teacher's prompt
             is not touched.
+        responses: where the data set's own responses stand; None does not read them.
 
     Raises:
         DataError: a row that cannot be read, a missing or wrong column, an empty prompt, an id met
@@ -67,6 +72,7 @@ def load_prompts(
         ConfigError: data.enable_thinking is set and the chat template does not read it.
     """
     prompts: list[Prompt] = []
+    given: dict[str, tuple[int, ...]] = {}
     row_of_id: dict[str, str] = {}
     num_overlong = 0
     options = template_options(config, tokenizer)
@@ -88,6 +94,8 @@ def load_prompts(
             )
         answer = row.get(config.answer_column)
         teacher = "" if teachers is None else _teacher(row, config.teacher_column, teachers)
+        if responses is not None:
+            given[prompt_id] = responses.read(row, tokenizer)
         if max(len(token_ids), len(teacher_token_ids or ())) > config.max_prompt_tokens:
             num_overlong += 1
             continue
@@ -108,7 +116,7 @@ def load_prompts(
             f"all {num_overlong} prompts are longer than {config.max_prompt_tokens} tokens",
             "raise data.max_prompt_tokens",
         )
-    return PromptSet(tuple(prompts), num_overlong)
+    return PromptSet(tuple(prompts), num_overlong, given)
 
 
 def _scalar(value: Any, column: str, where: str) -> str:

@@ -5,6 +5,12 @@ response's answer is, `journal` keeps what is done, `questions` asks in several 
 it; `cli` is the command line. Training uses the same `evaluate`.
 """
 
-from megaopd.evaluation.scoring import EvalRecord, EvalResult, evaluate, nothing_sampled
+from megaopd.evaluation.scoring import (
+    EvalRecord,
+    EvalResult,
+    eval_metrics,
+    evaluate,
+    nothing_sampled,
+)
 
-__all__ = ["EvalRecord", "EvalResult", "evaluate", "nothing_sampled"]
+__all__ = ["EvalRecord", "EvalResult", "eval_metrics", "evaluate", "nothing_sampled"]

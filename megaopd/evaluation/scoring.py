@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Protocol
 
@@ -144,20 +144,31 @@ def figures(records: Sequence[EvalRecord], reward: str, ks: Sequence[int] = ()) 
     )
 
 
+def eval_metrics(result: EvalResult, reward: str) -> dict[str, float]:
+    """An evaluation during training as metrics; `eval/pass_at_K` and `eval/majority` where prompts
+    have several samples."""
+    found = figures(result.records, reward)
+    metrics = {
+        "eval/accuracy": found.mean.value,
+        "eval/accuracy_low": found.mean.low,
+        "eval/accuracy_high": found.mean.high,
+        "eval/response_tokens_mean": result.mean_length,
+        "eval/truncated_fraction": result.truncated_fraction,
+    }
+    if found.num_samples > 1:
+        metrics |= {f"eval/pass_at_{k}": e.value for k, e in found.pass_at.items() if k > 1}
+        metrics["eval/majority"] = found.majority.value
+    return metrics
+
+
 def evaluate(
     engine: RolloutEngine,
     prompts: Sequence[Prompt],
     reward: Reward,
     tokenizer: Decoder,
     params: SamplingParams,
-    *,
-    greedy: bool = True,
 ) -> EvalResult:
     """Generates and scores responses to `prompts`; collective, as the engine is.
-
-    Args:
-        params: lengths and stop tokens, and all of sampling unless `greedy`.
-        greedy: one response per prompt at temperature 0, whatever `params` says.
 
     Raises:
         DataError: there are no prompts, or the reward needs an answer that a prompt lacks.
@@ -167,8 +178,6 @@ def evaluate(
         raise DataError(
             "evaluation prompts", "there are none", "set data.eval to a file with prompts"
         )
-    if greedy:
-        params = replace(params, temperature=0.0, n=1)
     samples = engine.generate(prompts, params)
     if not samples:
         raise nothing_sampled("evaluation")

@@ -12,7 +12,7 @@ from megaopd.evaluation import EvalRecord, evaluate
 from megaopd.rewards import REWARDS
 
 EOS = 0
-PARAMS = SamplingParams(max_new_tokens=5, temperature=0.7, n=4, stop_token_ids=(EOS,))
+PARAMS = SamplingParams(max_new_tokens=5, temperature=0.0, stop_token_ids=(EOS,))
 
 
 class Letters:
@@ -66,10 +66,11 @@ RESPONSES = {
 }
 
 
-def test_greedy_evaluation():
+def test_evaluation():
     engine = Scripted(RESPONSES)
     result = evaluate(engine, PROMPTS, REWARDS["exact_match"], Letters(), PARAMS)
-    assert engine.asked == [SamplingParams(5, temperature=0.0, n=1, stop_token_ids=(EOS,))]
+    assert engine.asked == [PARAMS]
+    assert result.num_prompts == 4
     assert result.accuracy == 0.5
     assert result.mean_length == (3 + 2 + 5 + 5) / 4
     assert result.truncated_fraction == 0.5
@@ -97,7 +98,7 @@ def test_sampled_evaluation_and_partial_marks():
     def half_or_full(response: str, answer: str | None) -> float:
         return 1.0 if response == answer else 0.5
 
-    result = evaluate(engine, PROMPTS, half_or_full, Letters(), params, greedy=False)
+    result = evaluate(engine, PROMPTS, half_or_full, Letters(), params)
     assert engine.asked == [params]
     assert [r.correct for r in result.records] == [
         True,

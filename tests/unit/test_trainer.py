@@ -36,12 +36,12 @@ def make_trainer(max_staleness=0, engine=None, student=None, evaluated=False, **
     )
     config = replace(config, eval=replace(config.eval, interval=1 if evaluated else 0))
     sampling = SamplingParams(max_new_tokens=4, n=2)
-    greedy = partial(
+    evaluator = partial(
         evaluate,
         prompts=EVAL_PROMPTS,
         reward=lambda response, answer: 1.0,
         tokenizer=Digits(),
-        params=sampling,
+        params=SamplingParams(max_new_tokens=4, temperature=0.0),
     )
     recorded = []
     trainer = OPDTrainer(
@@ -54,7 +54,7 @@ def make_trainer(max_staleness=0, engine=None, student=None, evaluated=False, **
         sampling=sampling,
         batching=Batching(Layout(ParallelConfig(), 1), Packing(4, None, 1)),
         rank=0,
-        evaluate_greedy=greedy if evaluated else None,
+        evaluator=evaluator if evaluated else None,
         eval_prompts=EVAL_PROMPTS if evaluated else (),
         metrics=Rows(),
         record=lambda *line: recorded.append(line),
@@ -135,7 +135,7 @@ def test_evaluation_between_rollouts_under_way():
     trainer, recorded = make_trainer(1, evaluated=True)
     result = trainer.fit()
     assert recorded == recorded_alone
-    assert result.before.greedy.accuracy == result.after.greedy.accuracy == 1.0
+    assert result.before.answers.accuracy == result.after.answers.accuracy == 1.0
     assert [step for step, row in trainer.metrics.rows if "eval/accuracy" in row] == [0, 1, 2, 3, 4]
     greedy = [params for params in trainer.engine.asked if params.temperature == 0]
     assert len(greedy) == 5
@@ -214,7 +214,7 @@ def test_evaluation_prompts_that_the_engine_sets_aside():
     engine = BackgroundEngine()
     engine.set_aside = {"e0"}
     trainer, _ = make_trainer(0, engine, evaluated=True)
-    assert len(trainer.fit().after.greedy.records) == 1
+    assert len(trainer.fit().after.answers.records) == 1
     assert trainer.metrics.of("eval/set_aside") == [1] * (NUM_STEPS + 1)
     engine.set_aside = {"e0", "e1"}
     with pytest.raises(RolloutError, match="evaluation: the engine set every prompt aside; look"):
