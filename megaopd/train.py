@@ -19,7 +19,8 @@ from megaopd.batch import Prompt, Sample
 from megaopd.config import Config, load, to_yaml, validate
 from megaopd.errors import ConfigError, NumericError, RolloutError, run_cli
 from megaopd.inputs import Inputs, read_inputs, teacher_configs
-from megaopd.train_rollout import ENGINES, mixture, teacher_engine, weight_sync
+from megaopd.train_loop import build_trainer
+from megaopd.train_rollout import ENGINES, mixture, teacher_engine
 from megaopd.train_teachers import build_teacher, student_side
 
 if TYPE_CHECKING:
@@ -84,13 +85,11 @@ def train(config: Config, inputs: Inputs) -> None:
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from megaopd.data.prompts import PromptStream
     from megaopd.logger import get_logger, setup_logging
     from megaopd.metrics import MetricsWriter
     from megaopd.parallel import groups as parallel_groups
     from megaopd.parallel.device import init_distributed
     from megaopd.summary import summarise, write_results
-    from megaopd.trainer import OPDTrainer
 
     logger = get_logger(__name__)
     disable_progress_bar()
@@ -120,21 +119,16 @@ def train(config: Config, inputs: Inputs) -> None:
         closing(build_teacher(config, inputs, side)) as teacher,
     ):
         student = side.model()
-        trainer = OPDTrainer(
+        trainer = build_trainer(
             config,
-            student=student,
-            teacher=teacher,
+            inputs,
+            side,
             engine=engine,
-            weight_sync=weight_sync(engine),
-            prompts=PromptStream(inputs.train_prompts, config.run.seed, config.data.shuffle),
-            sampling=inputs.sampling,
-            batching=side.batching,
-            rank=groups.rank,
-            evaluator=_evaluator(config, inputs, inputs.eval_prompts),
-            eval_prompts=inputs.eval_prompts,
+            authors=authors,
+            teacher=teacher,
             metrics=metrics,
+            evaluator=_evaluator(config, inputs, inputs.eval_prompts),
             record=record,
-            start_rollout=authors.start,
         )
         try:
             result = trainer.fit()

@@ -36,7 +36,7 @@ LAYERS = (
     ("checkpoint",),
     ("engine", "trainer", "inputs", "summary", "plan"),
     ("teacher", "convert"),
-    ("train train_rollout train_teachers evaluation.cli",),
+    ("train train_loop train_rollout train_teachers evaluation.cli",),
 )
 
 # The package itself sees to it that Megatron-Core can be imported without CUDA, and does no more.

@@ -1,0 +1,53 @@
+"""The loop of a run, put together from its parts: the same for a training and for a verification."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from megaopd.batch import Prompt, Sample
+from megaopd.config import Config
+from megaopd.inputs import Inputs
+from megaopd.train_rollout import weight_sync
+from megaopd.train_teachers import StudentSide
+
+if TYPE_CHECKING:
+    from megaopd.evaluation import EvalResult
+    from megaopd.metrics import MetricsWriter
+    from megaopd.protocols import RolloutEngine, Teacher
+    from megaopd.rollout.mixture import Mixture
+    from megaopd.trainer import OPDTrainer
+
+
+def build_trainer(
+    config: Config,
+    inputs: Inputs,
+    side: StudentSide,
+    *,
+    engine: RolloutEngine,
+    authors: Mixture,
+    teacher: Teacher,
+    metrics: MetricsWriter,
+    evaluator: Callable[[RolloutEngine], EvalResult] | None = None,
+    record: Callable[[int, Sequence[Prompt], Sequence[Sample]], None] | None = None,
+) -> OPDTrainer:
+    """The trainer of a run; the student is built if it is not yet. Collective."""
+    from megaopd.data.prompts import PromptStream
+    from megaopd.trainer import OPDTrainer
+
+    return OPDTrainer(
+        config,
+        student=side.model(),
+        teacher=teacher,
+        engine=engine,
+        weight_sync=weight_sync(engine),
+        prompts=PromptStream(inputs.train_prompts, config.run.seed, config.data.shuffle),
+        sampling=inputs.sampling,
+        batching=side.batching,
+        rank=side.groups.rank,
+        evaluator=evaluator,
+        eval_prompts=inputs.eval_prompts,
+        metrics=metrics,
+        record=record,
+        start_rollout=authors.start,
+    )
