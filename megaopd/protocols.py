@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megaopd.batch import PackedBatch, Prompt, Sample, SamplingParams, TeacherSignal
+from megaopd.batch import PackedBatch, Prompt, Sample, SamplingParams, TeacherSignal, TokenScores
 
 
 class PendingRollout(Protocol):
@@ -111,8 +111,30 @@ class Student(Protocol):
     """The model in training. Every method is collective."""
 
     def train_step(
-        self, micro_batches: Sequence[PackedBatch], signals: Sequence[TeacherSignal]
-    ) -> StepResult: ...
+        self,
+        micro_batches: Sequence[PackedBatch],
+        signals: Sequence[TeacherSignal],
+        step: int,
+    ) -> StepResult:
+        """One optimizer step with the loss of `step`, counted from 1 (`loss.schedule`)."""
+        ...
+
+    def score(
+        self,
+        micro_batches: Sequence[PackedBatch],
+        signals: Sequence[TeacherSignal],
+        num_rows: int,
+    ) -> TokenScores:
+        """What student and teacher say about the response tokens, without a gradient.
+
+        Args:
+            num_rows: R, response tokens of the global batch, whose places are
+                `PackedBatch.rows_T`.
+
+        Returns:
+            the same on every rank.
+        """
+        ...
 
     def evaluate(
         self, micro_batches: Sequence[PackedBatch], signals: Sequence[TeacherSignal]

@@ -1,4 +1,4 @@
-"""The loop of a run, put together from its parts: the same for a training and for a verification."""
+"""The loop of a run, put together from its parts, for training and for verification alike."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def build_trainer(
     record: Callable[[int, Sequence[Prompt], Sequence[Sample]], None] | None = None,
 ) -> OPDTrainer:
     """The trainer of a run; the student is built if it is not yet. Collective."""
+    from megaopd.credit import CreditAssignment
     from megaopd.data.prompts import PromptStream
     from megaopd.trainer import OPDTrainer
 
@@ -50,4 +51,29 @@ def build_trainer(
         metrics=metrics,
         record=record,
         start_rollout=authors.start,
+        credit=CreditAssignment(config, _training_rewards(config, inputs, side)),
     )
+
+
+def _training_rewards(
+    config: Config, inputs: Inputs, side: StudentSide
+) -> Callable[[Sequence[Sample]], list[float]]:
+    """Samples -> their rewards, equal on every rank, which each score a part of them. Collective.
+
+    A check with a time limit may end one way here and another there: it is done on one rank.
+    """
+    import torch.distributed as dist
+
+    from megaopd.evaluation.scoring import score_all
+    from megaopd.rewards import find_reward
+
+    rank, size = side.groups.rank, side.groups.world_size
+    reward = find_reward(config.credit.reward or config.eval.reward, "credit.reward")
+
+    def score(samples: Sequence[Sample]) -> list[float]:
+        mine = [r.score for r in score_all(samples[rank::size], reward, inputs.tokenizer)]
+        parts: list[list[float]] = [[] for _ in range(size)]
+        dist.all_gather_object(parts, mine)
+        return [parts[i % size][i // size] for i in range(len(samples))]
+
+    return score

@@ -8,9 +8,10 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from megaopd.batch import Prompt, Sample, SamplingParams
+from megaopd.batch import PackedBatch, Prompt, Sample, SamplingParams, TeacherSignal
 from megaopd.config import Config
-from megaopd.data.packing import Batching
+from megaopd.credit import CreditAssignment
+from megaopd.data.packing import Batching, with_credit
 from megaopd.data.prompts import PromptStream
 from megaopd.errors import NumericError, RolloutError
 from megaopd.evaluation import EvalResult, eval_metrics, nothing_sampled
@@ -79,6 +80,8 @@ class OPDTrainer:
         eval_prompts: the held-out prompts.
         metrics: where metrics go.
         record: takes (step, prompts, samples) of every training step, to replay them later.
+        credit: what the response tokens of a step are worth; None weighs all alike, without
+            advantages.
         start_rollout: begins the rollout of a training step, (step, prompts, params); None asks the
             engine for all of it.
     """
@@ -100,6 +103,7 @@ class OPDTrainer:
         metrics: MetricsWriter,
         record: Callable[[int, Sequence[Prompt], Sequence[Sample]], None] | None = None,
         start_rollout: StartRollout | None = None,
+        credit: CreditAssignment | None = None,
     ) -> None:
         self.config = config
         self.student, self.teacher, self.engine = student, teacher, engine
@@ -108,7 +112,7 @@ class OPDTrainer:
         self.batching, self.rank = batching, rank
         self.evaluator, self.eval_prompts = evaluator, eval_prompts
         self.metrics = metrics
-        self.record = record
+        self.record, self.credit = record, credit
         self.start_rollout: StartRollout = start_rollout or (
             lambda step, prompts, params: engine.start(prompts, params)
         )
@@ -154,8 +158,10 @@ class OPDTrainer:
             micro_batches = self.batching.micro_batches(samples, assignment, self.rank)
         with timer.phase("teacher"):
             signals = self.teacher.score(samples)
+        with timer.phase("credit"):
+            micro_batches, credit_metrics = self._worth(samples, micro_batches, signals)
         with timer.phase("student"):
-            result = self.student.train_step(micro_batches, signals)
+            result = self.student.train_step(micro_batches, signals, step)
         del signals
         with timer.phase("weight_sync"):
             if not result.skipped:
@@ -169,10 +175,26 @@ class OPDTrainer:
             samples,
             result,
             timer,
-            {**rollout_metrics, **utilisation, **self.teacher.metrics},
+            {**rollout_metrics, **credit_metrics, **utilisation, **self.teacher.metrics},
         )
         self._check_finite(step, samples, result)
         return result
+
+    def _worth(
+        self,
+        samples: Sequence[Sample],
+        micro_batches: list[PackedBatch],
+        signals: Sequence[TeacherSignal],
+    ) -> tuple[list[PackedBatch], dict[str, float]]:
+        """The micro-batches with what their tokens are worth, and metrics of that."""
+        if self.credit is None:
+            return micro_batches, {}
+        scores = None
+        if self.credit.needs_scores:
+            num_rows = sum(len(s.response_ids) for s in samples)
+            scores = self.student.score(micro_batches, signals, num_rows)
+        worth = self.credit(samples, scores)
+        return with_credit(micro_batches, worth.weights_R, worth.advantages_R), worth.metrics
 
     def _start_rollouts(self, step: int) -> None:
         """Starts what is not yet under way of this step's rollout and of those that it may run

@@ -259,21 +259,15 @@ def with_credit(
         advantages_R: likewise its advantage; None has none.
     """
 
-    def of(table: Tensor | None, batch: PackedBatch, default: Tensor | None) -> Tensor | None:
-        if table is None:
-            return default
-        found = torch.zeros(batch.loss_mask_T.shape)
-        found[batch.loss_mask_T] = table[batch.rows_T[batch.loss_mask_T]]
-        return found
-
-    return [
-        replace(
-            batch,
-            token_weights_T=of(weights_R, batch, batch.token_weights_T),
-            advantages_T=of(advantages_R, batch, None),
-        )
-        for batch in batches
-    ]
+    found = []
+    for batch in batches:
+        values: dict[str, Tensor] = {}
+        for name, table in (("token_weights_T", weights_R), ("advantages_T", advantages_R)):
+            if table is not None:
+                values[name] = torch.zeros(batch.loss_mask_T.shape)
+                values[name][batch.loss_mask_T] = table[batch.rows_T[batch.loss_mask_T]]
+        found.append(replace(batch, **values))
+    return found
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from megatron.core.distributed import (
 )
 from torch import Tensor
 
-from megaopd.batch import PackedBatch, TeacherSignal
+from megaopd.batch import PackedBatch, TeacherSignal, TokenScores
 from megaopd.checkpoint.loading import load_model
 from megaopd.checkpoint.saving import save_model
 from megaopd.config import Config, LossConfig
@@ -31,6 +31,7 @@ from megaopd.engine.offload import (
 )
 from megaopd.engine.optimizer import build_optimizer, build_scheduler
 from megaopd.losses.objective import METRICS, YARDSTICKS, Objective, ObjectiveOutput
+from megaopd.losses.scores import NUM_SCORES
 from megaopd.models import lora, weights
 from megaopd.models.arch import ModelArch
 from megaopd.models.build import HiddenGPTModel, build_model
@@ -95,7 +96,7 @@ class MegatronStudent:
         self.training_state.to_host()
 
         temperature = config.rollout.temperature or 1.0
-        self.objective = Objective(config.loss, vocab_size, temperature, groups.tp)
+        self.objective = Objective(config.loss, vocab_size, temperature, groups.tp, groups.cp)
         # The yardstick of evaluation is the same for every training loss. An estimate from sampled
         # tokens is corrected for the sampler's temperature, without a cap.
         self.reverse_kl = Objective(
@@ -117,10 +118,14 @@ class MegatronStudent:
         return self.chunks[-1].head
 
     def train_step(
-        self, micro_batches: Sequence[PackedBatch], signals: Sequence[TeacherSignal]
+        self,
+        micro_batches: Sequence[PackedBatch],
+        signals: Sequence[TeacherSignal],
+        step: int = 1,
     ) -> StepResult:
-        """One optimizer step on the global batch; skipped where a loss or gradient is not
-        finite."""
+        """One optimizer step on the global batch, with the loss of that step; skipped where a loss
+        or gradient is not finite."""
+        self.objective.start_step(step)
         with self.training_state.on_device():
             return self._train_step(micro_batches, signals)
 
@@ -153,6 +158,32 @@ class MegatronStudent:
         metrics["train/grad_norm"] = grad_norm
         metrics["train/lr"] = float(self.optimizer.param_groups[0]["lr"])
         return StepResult(metrics, num_tokens, skipped, bad_ids)
+
+    def score(
+        self,
+        micro_batches: Sequence[PackedBatch],
+        signals: Sequence[TeacherSignal],
+        num_rows: int,
+    ) -> TokenScores:
+        """What student and teacher say about every response token, without a gradient; one forward
+        pass. See `megaopd.protocols.Student`."""
+        groups = self.groups
+        for chunk in self.ddp:
+            chunk.eval()
+
+        def collect(index: int, batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            found = self.objective.scores(hidden, self.head.detach(), batch, signals[index])
+            return batch.rows_T[batch.loss_mask_T], found
+
+        table = torch.zeros(NUM_SCORES, num_rows, device=groups.device)
+        for rows, found in schedule.forward_only(self.ddp, micro_batches, groups, collect):
+            table[:, rows] = found.float()
+        # Each row is one rank's of those that hold different tokens; the last stage alone has any.
+        if groups.is_last_stage:
+            dist.all_reduce(table, group=groups.dp_cp)
+        if groups.pp.size() > 1:
+            dist.broadcast(table, group=groups.pp, group_src=groups.pp.size() - 1)
+        return TokenScores(*table.cpu().unbind(0))
 
     def evaluate(
         self, micro_batches: Sequence[PackedBatch], signals: Sequence[TeacherSignal]
@@ -282,7 +313,9 @@ def _sum_outputs(
     zero = largest = torch.zeros((), dtype=torch.float64, device=device)
     for row, out in zip(by_batch, outputs, strict=True):
         sums = [out.sums.get(name, zero) for name in METRICS]
-        counts = [out.num_scored if name in out.sums else zero for name in METRICS]
+        counts = [
+            out.counts.get(name, out.num_scored) if name in out.sums else zero for name in METRICS
+        ]
         bad = ~torch.isfinite(out.loss_sum)
         row.copy_(torch.stack([x.double() for x in (*sums, *counts, out.num_tokens, bad)]))
         largest = torch.maximum(largest, out.mismatch_max.double())
@@ -295,7 +328,8 @@ def _sum_outputs(
     metrics = {
         name: value / max(count, 1)
         for name, holders, value, count in zip(METRICS, *by_kind, strict=True)
-        if holders
+        # Tokens of others than the student have no mismatch: without its own there is none.
+        if holders and (count or name != "rollout/mismatch_kl" or not num_tokens)
     }
     metrics["rollout/mismatch_max"] = float(largest)
     bad_ids: tuple[str, ...] = ()

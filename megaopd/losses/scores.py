@@ -1,4 +1,4 @@
-"""What student and teacher say about sampled tokens, before the step: `megaopd.batch.TokenScores`."""
+"""What student and teacher say about sampled tokens before a step: `megaopd.batch.TokenScores`."""
 
 from __future__ import annotations
 
@@ -41,9 +41,7 @@ def _of_hidden(settings: LossSettings, rows: LossRows, signal: HiddenSignal) -> 
     return torch.stack([out.student_logprobs_T, out.teacher_logprobs_T, *entropies, out.loss_T])
 
 
-def _of_labels(
-    settings: LossSettings, rows: LossRows, signal: TopKSignal | TokenSignal
-) -> Tensor:
+def _of_labels(settings: LossSettings, rows: LossRows, signal: TopKSignal | TokenSignal) -> Tensor:
     """A teacher on servers tells neither its entropy nor the whole divergence."""
     num = len(rows.labels_L)
     every = torch.arange(num, device=rows.labels_L.device)

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from megaopd.batch import PackedBatch, Prompt, Sample, SamplingParams, TeacherSignal
+from megaopd.batch import PackedBatch, Prompt, Sample, SamplingParams, TeacherSignal, TokenScores
 from megaopd.protocols import StepResult
 
 NUM_TOKENS = 4
@@ -134,13 +135,23 @@ class ListedStudent:
         self.trained: list[list[str]] = []
 
     def train_step(
-        self, micro_batches: Sequence[PackedBatch], signals: Sequence[TeacherSignal]
+        self, micro_batches: Sequence[PackedBatch], signals: Sequence[TeacherSignal], step: int
     ) -> StepResult:
-        step = len(self.trained) + 1
+        assert step == len(self.trained) + 1
         self.before_step(step)
         self.trained.append([i for batch in micro_batches for i in batch.sample_ids])
         metrics = {"loss/divergence": 1.0 / step, "rollout/mismatch_kl": 1e-3 * step}
         return StepResult(metrics, len(self.trained[-1]) * NUM_TOKENS, step in self.skip)
+
+    def score(
+        self,
+        micro_batches: Sequence[PackedBatch],
+        signals: Sequence[TeacherSignal],
+        num_rows: int,
+    ) -> TokenScores:
+        """log p of every token is its number in the global batch, and log q is 0."""
+        zeros = torch.zeros(num_rows)
+        return TokenScores(torch.arange(num_rows).float(), zeros, zeros, zeros, zeros)
 
     def evaluate(
         self, micro_batches: Sequence[PackedBatch], signals: Sequence[TeacherSignal]
