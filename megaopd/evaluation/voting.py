@@ -5,9 +5,13 @@ A reward without an entry in `ANSWERS` takes part with the final answer that a r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from megaopd.data.answers import after_thinking, final_answer, hash_number, plain_number, tagged
+
+# Commas between thousands alone: 1,2 is a pair.
+_NUMBER = re.compile(r"[-+]?\$?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?", re.ASCII)
 
 
 def _whole(response: str) -> str | None:
@@ -38,6 +42,4 @@ def answer_of(reward: str, response: str) -> str | None:
     if reward in ("exact_match", "first_line"):
         return found
     found = "".join(found.split())
-    number = plain_number(found)
-    bare = found.lstrip("+-$").replace(",", "").replace(".", "")
-    return number if number is not None and bare.isdecimal() else found or None
+    return plain_number(found) if _NUMBER.fullmatch(found) else found or None

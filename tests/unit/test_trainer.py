@@ -221,6 +221,41 @@ def test_evaluation_prompts_that_the_engine_sets_aside():
         trainer.evaluate(1)
 
 
+def test_steps_whose_samples_others_wrote():
+    """A step without a sample of the student has no staleness, and nothing of its engine."""
+    engine = BackgroundEngine()
+    asked = []
+
+    class Written:
+        def __init__(self, step, prompts):
+            self.step, self.prompts = step, prompts
+
+        def result(self):
+            samples = engine.generate(self.prompts, SamplingParams(max_new_tokens=4, n=2))
+            source = "data" if self.step % 2 else "student"
+            # Nobody knows of which weights a text of the data set is.
+            version = -7 if source == "data" else engine.weight_version
+            return [
+                replace(s, source=source, weight_version=version, token_versions=())
+                for s in samples
+            ]
+
+    def start(step, prompts, params):
+        asked.append((step, params.seed))
+        return Written(step, prompts)
+
+    trainer, recorded = make_trainer(1, engine)
+    trainer.start_rollout = start
+    trainer.fit()
+    assert [step for step, _ in asked] == [1, 2, 3, 4]
+    assert len({seed for _, seed in asked}) == NUM_STEPS
+    assert trainer.metrics.of("rollout/data_fraction") == [1, 1]
+    assert trainer.metrics.of("rollout/student_fraction") == [0, 0]
+    assert len(trainer.metrics.of("rollout/staleness_mean")) == 2
+    assert len(trainer.metrics.of("rollout/set_aside")) == 2
+    assert {s.source for _, _, samples in recorded for s in samples} == {"data", "student"}
+
+
 def test_the_figures_of_a_run():
     trainer, _ = make_trainer(1)
     result = trainer.fit()
