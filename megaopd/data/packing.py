@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -261,7 +262,7 @@ def with_credit(
 
     found = []
     for batch in batches:
-        values: dict[str, Tensor] = {}
+        values: dict[str, Any] = {}
         for name, table in (("token_weights_T", weights_R), ("advantages_T", advantages_R)):
             if table is not None:
                 values[name] = torch.zeros(batch.loss_mask_T.shape)

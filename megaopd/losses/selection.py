@@ -36,7 +36,8 @@ class Selection:
 
 
 SELECTIONS: dict[str, Selection] = {
-    "soft_or": Selection("reverse_kl", lambda h, raw, d: h + d - h * d),
+    # h + d - h d; in this form exactly 1 where h or d is, so that equals are equal.
+    "soft_or": Selection("reverse_kl", lambda h, raw, d: 1 - (1 - h) * (1 - d)),
     "entropy": Selection(None, lambda h, raw, d: h),
     "q3": Selection("forward_kl", lambda h, raw, d: (1 - h) * raw),
 }
