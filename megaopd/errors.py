@@ -19,6 +19,9 @@ class MegaOPDError(Exception):
         where: the configuration field, file or object at fault.
         found: what was found there.
         remedy: what to do about it.
+
+    Attributes:
+        parts: the three of them.
     """
 
     exit_status = 1
@@ -28,10 +31,10 @@ class MegaOPDError(Exception):
 
     def __init__(self, where: str, found: str, remedy: str) -> None:
         super().__init__(f"{where}: {found}; {remedy}")
-        self._parts = (where, found, remedy)
+        self.parts = (where, found, remedy)
 
     def __reduce__(self) -> tuple[type[MegaOPDError], tuple[str, str, str]]:
-        return type(self), self._parts
+        return type(self), self.parts
 
 
 class ConfigError(MegaOPDError):

@@ -127,6 +127,10 @@ class EmbeddedEngine:
             )
         self._complete, self.weight_version = True, version
 
+    def weights(self) -> dict[str, Tensor]:
+        """What it samples with, by the names that `load_weights` takes; views."""
+        return _with_single_experts(self.model.state_dict())
+
     def start(self, prompts: Sequence[Prompt], params: SamplingParams) -> DeferredRollout:
         """The trainer has the processes meanwhile: samples when the result is asked for."""
         return DeferredRollout(self, prompts, params)

@@ -37,6 +37,7 @@ LAYERS = (
     ("engine", "trainer", "inputs", "summary", "plan"),
     ("teacher", "convert"),
     ("train train_loop train_rollout train_teachers evaluation.cli",),
+    ("verify",),
 )
 
 # The package itself sees to it that Megatron-Core can be imported without CUDA, and does no more.
@@ -50,7 +51,7 @@ ONLY_IMPORTERS = {
     "megatron": ("parallel", "models", "checkpoint.saving", "engine"),
     "megatron.core.parallel_state": ("parallel.groups",),
     "megatron.core.mpu": (),
-    "transformers": ("data", "models", "rollout", "convert.logits", "train"),
+    "transformers": ("data", "models", "rollout", "convert.logits", "train", "verify.__main__"),
     "safetensors": ("weight_sync.disk",),
     "wandb": ("metrics",),
     "pyarrow": ("data",),
