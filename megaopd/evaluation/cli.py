@@ -6,8 +6,9 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from contextlib import closing
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from megaopd.batch import Sample, SamplingParams
 from megaopd.config import Config, DataConfig
 from megaopd.config_servers import check_local, check_rollout_servers
-from megaopd.errors import ConfigError, DataError
+from megaopd.errors import ConfigError, DataError, run_cli
 from megaopd.evaluation.arguments import check, parser, run_config
 from megaopd.evaluation.estimates import CONFIDENCE, Figures
 from megaopd.evaluation.journal import Journal
@@ -81,75 +82,93 @@ def _evaluate(
     params: SamplingParams,
     ks: Sequence[int],
 ) -> None:
-    import torch
-    import torch.distributed as dist
-    from tqdm import tqdm
-
+    """Asks what has not been answered yet, and writes the results; collective."""
     from megaopd.logger import setup_logging
-    from megaopd.parallel.device import init_distributed
     from megaopd.rewards import find_reward
+
+    reward = find_reward(args.reward, "--reward")
+    with _processes() as world:
+        setup_logging(world.rank)
+        dtype = args.dtype or ("bf16" if world.device.type == "cuda" else "fp32")
+        files = _fingerprint(args.model)
+        settings = {**_settings(args, params), "model_files": files, "dtype": dtype}
+        # The files are rank 0's, and so is the work of scoring.
+        journals: list[Journal] = []
+        if world.rank == 0:
+            journals = [_journal(args, q, settings) for q in questions]
+        done = _on_all([set(journal.done) for journal in journals], world)
+
+        def score(samples: Sequence[Sample]) -> list[EvalRecord]:
+            return score_all(samples, reward, tokenizer) if world.rank == 0 else []
+
+        asked = zip(questions, done, strict=True)
+        if any(p.prompt_id not in ids for q, ids in asked for p in q.prompts):
+            with closing(_engine(args, config, arch, dtype, world)) as engine:
+                for index, (q, ids) in enumerate(zip(questions, done, strict=True)):
+                    journal = journals[index] if journals else None
+                    with _noting(q, ids, journal) as add:
+                        answer_all(
+                            engine,
+                            q.prompts,
+                            params,
+                            score,
+                            done=ids,
+                            add=add,
+                            portion=_portion(args),
+                        )
+        if world.rank == 0:
+            _write(args, questions, journals, settings, ks)
+
+
+@contextmanager
+def _processes() -> Iterator[Process]:
+    """This process among those that torchrun started; a world of one without it."""
+    import torch.distributed as dist
+
+    from megaopd.parallel.device import init_distributed
 
     device = init_distributed()
     world = Process(dist.get_rank(), dist.get_world_size(), device)
-    is_main = world.rank == 0
-    setup_logging(world.rank)
-    dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    reward = find_reward(args.reward, "--reward")
-    settings = {
-        **_settings(args, params),
-        "model_files": _fingerprint(args.model),
-        "dtype": dtype,
-    }
-    journals: list[Journal] = []
-    done: list[Any] = [None]
-    if is_main:
-        journals = [_journal(args, q, settings) for q in questions]
-        done[0] = [set(journal.done) for journal in journals]
-    if world.world_size > 1:
-        dist.broadcast_object_list(done, src=0)
-
-    def score(samples: Sequence[Sample]) -> list[EvalRecord]:
-        # The journal is rank 0's, and so is the work of scoring.
-        return score_all(samples, reward, tokenizer) if is_main else []
-
-    open_questions = [
-        (index, q)
-        for index, (q, ids) in enumerate(zip(questions, done[0], strict=True))
-        if any(p.prompt_id not in ids for p in q.prompts)
-    ]
-    if open_questions:
-        torch.manual_seed(args.seed)
-        with closing(_engine(args, config, arch, dtype, world)) as engine:
-            for index, q in open_questions:
-                bar = tqdm(
-                    total=len(q.prompts),
-                    initial=sum(p.prompt_id in done[0][index] for p in q.prompts),
-                    desc=q.name,
-                    unit=" prompts",
-                    disable=None if is_main else True,
-                )
-
-                def add(
-                    prompt_id: str, records: list[EvalRecord], index: int = index, bar: Any = bar
-                ) -> None:
-                    if is_main:
-                        journals[index].add(prompt_id, records)
-                        bar.update()
-
-                with bar:
-                    answer_all(
-                        engine,
-                        q.prompts,
-                        params,
-                        score,
-                        done=done[0][index],
-                        add=add,
-                        portion=_portion(args),
-                    )
-    if is_main:
-        _write(args, questions, journals, settings, ks)
+    try:
+        yield world
+    except BaseException:
+        # The others may be waiting in a collective: whoever leaves now ends them too.
+        if world.world_size == 1:
+            dist.destroy_process_group()
+        raise
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _on_all(value: list[set[str]], world: Process) -> list[set[str]]:
+    """Rank 0's value on every rank; collective."""
+    import torch.distributed as dist
+
+    values: list[Any] = [value]
+    if world.world_size > 1:
+        dist.broadcast_object_list(values, src=0)
+    return cast(list[set[str]], values[0])
+
+
+@contextmanager
+def _noting(
+    q: Questions, done: Collection[str], journal: Journal | None
+) -> Iterator[Callable[[str, list[EvalRecord]], None]]:
+    """What takes the records of a prompt: the journal, and a bar on the terminal."""
+    from tqdm import tqdm
+
+    before = sum(p.prompt_id in done for p in q.prompts)
+    quiet = journal is None or before == len(q.prompts)
+    with tqdm(
+        total=len(q.prompts), initial=before, desc=q.name, unit=" prompts", disable=quiet or None
+    ) as bar:
+
+        def add(prompt_id: str, records: list[EvalRecord]) -> None:
+            if journal is not None:
+                journal.add(prompt_id, records)
+                bar.update()
+
+        yield add
 
 
 def _questions(
@@ -294,3 +313,7 @@ def _line(name: str, found: Figures, aside: dict[str, int]) -> str:
     ]
     words += [f"{num} prompts {why}" for why, num in aside.items() if num]
     return ", ".join(words)
+
+
+if __name__ == "__main__":
+    run_cli(main, sys.argv[1:])
