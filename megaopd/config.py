@@ -94,11 +94,12 @@ class StudentConfig:
 class TeacherConfig:
     """The model that scores the student's samples."""
 
-    kind: Literal["checkpoint", "self", "base", "ema", "sglang"] = "checkpoint"
+    kind: Literal["checkpoint", "self", "base", "ema", "sglang", "average"] = "checkpoint"
     """Its weights: `checkpoint` those at path; `self` the student's own, frozen at step 0; `base`
     the student's without its LoRA adapters, so that one set of weights serves both; `ema` an
     exponential moving average of the student's; these three in the student's layout and dtype;
-    `sglang` those of the servers at urls, which score the samples."""
+    `sglang` those of the servers at urls, which score the samples; `average` those of its members,
+    whose log-probs are averaged."""
     path: str = ""
     """Directory of the teacher, of either format; its tokenizer must be the student's. Of a teacher
     on servers the weights are not read."""
@@ -119,6 +120,10 @@ class TeacherConfig:
     the rest into one tail bucket. 0 asks for the sampled tokens' alone."""
     api_key_env: str = "MEGAOPD_TEACHER_API_KEY"
     """Environment variable of the servers' key."""
+    members: tuple[str, ...] = ()
+    """Entries of `teachers` that an `average` is made of; no prompt can be routed to them."""
+    member_weights: tuple[float, ...] = ()
+    """What each member counts, for `average`, divided by their sum; empty counts all alike."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ on every rank alike. Those of a layout are in `megaopd.config_layouts`, those of
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from megaopd.config_layouts import Architecture, check_model, check_ranks
 from megaopd.config_mixture import check_mixture
 from megaopd.config_schema import nearest
 from megaopd.config_servers import check_rollout_servers, check_teacher_servers
+from megaopd.config_teachers import WITH_PATH, check_teachers
 from megaopd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -72,9 +72,6 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("a value in (0, 1]", lambda v: 0 < v <= 1, ("rollout.top_p", "eval.top_p")),
 )
 
-# Kinds of teachers that have weights of their own, at `path`; the others' are the student's.
-_WITH_PATH = ("checkpoint", "sglang")
-
 
 def validate(
     config: Config,
@@ -104,7 +101,7 @@ def validate(
     _check_ranges(config)
     _check_choices(config, divergences, rewards, tools)
     _check_needs(config)
-    _check_teachers(config)
+    check_teachers(config, _teachers(config))
     check_mixture(config, _teachers(config))
     check_rollout_servers(config, environ)
     for key, teacher in _teachers(config).items():
@@ -217,7 +214,7 @@ def _check_needs(config: Config) -> None:
         )
     required = {"student.path": config.student.path, "data.train": config.data.train}
     for key, teacher in _teachers(config).items():
-        if teacher.kind in _WITH_PATH:
+        if teacher.kind in WITH_PATH:
             required[f"{key}.path"] = teacher.path
     for key, value in required.items():
         if not value:
@@ -260,89 +257,6 @@ def _check_needs(config: Config) -> None:
             f"{optimizer.warmup_steps} of train.num_steps {config.train.num_steps} leave no step "
             f"for the {optimizer.decay} decay",
             "warm up for fewer steps",
-        )
-
-
-def _check_teachers(config: Config) -> None:
-    for name in config.teachers:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise ConfigError(
-                "teachers", f"the name {name!r}", "name it in letters, digits, _ and -"
-            )
-    for key, teacher in _teachers(config).items():
-        if teacher.kind == "sglang":
-            _check_server_loss(config, key, teacher)
-        _check_adapter(config, key, teacher)
-        if teacher.kind in _WITH_PATH:
-            continue
-        if teacher.path:
-            raise ConfigError(
-                f"{key}.path",
-                f"{teacher.path!r} with {key}.kind {teacher.kind}, whose weights are the student's",
-                f"set {key}.path= or {key}.kind=checkpoint",
-            )
-        if teacher.dtype != config.student.dtype:
-            raise ConfigError(
-                f"{key}.dtype",
-                f"{teacher.dtype} with {key}.kind {teacher.kind} and student.dtype "
-                f"{config.student.dtype}: rounding alone would set the teacher apart",
-                f"set {key}.dtype={config.student.dtype}",
-            )
-        if teacher.parallel not in (None, config.parallel):
-            raise ConfigError(
-                f"{key}.parallel",
-                f"another layout than the student's with {key}.kind {teacher.kind}, whose weights "
-                "are taken from the student on the same rank",
-                f"set {key}.parallel=null",
-            )
-
-
-def _check_adapter(config: Config, key: str, teacher: TeacherConfig) -> None:
-    """What a student with LoRA adapters, or without, means for a teacher of its weights."""
-    lora = config.student.lora
-    if teacher.kind == "base" and lora is None:
-        raise ConfigError(
-            f"{key}.kind",
-            "base, and the student has no LoRA adapters that it could be without",
-            f"set student.lora.rank, or {key}.kind=self",
-        )
-    if teacher.kind == "base" and teacher.offload:
-        raise ConfigError(
-            f"{key}.offload",
-            f"true with {key}.kind base, whose weights are those in training",
-            f"set {key}.offload=false; train.offload is for both",
-        )
-    if teacher.kind in ("self", "ema") and lora is not None and lora.adapter:
-        raise ConfigError(
-            f"{key}.kind",
-            f"{teacher.kind}, and student.lora.adapter is set: its start is the base without the "
-            "adapter",
-            f"merge the adapter into student.path first, or set {key}.kind=base",
-        )
-
-
-def _check_server_loss(config: Config, key: str, teacher: TeacherConfig) -> None:
-    """What the log-probs of a teacher on servers can be used for."""
-    loss, rollout = config.loss, config.rollout
-    if loss.temperature != 1:
-        raise ConfigError(
-            "loss.temperature",
-            f"{loss.temperature} with {key}.kind sglang, whose log-probs are at temperature 1",
-            "set it to 1",
-        )
-    if teacher.top_k == 0 and (rollout.top_p < 1 or rollout.top_k):
-        cut = "rollout.top_p" if rollout.top_p < 1 else "rollout.top_k"
-        raise ConfigError(
-            cut,
-            f"the sampler leaves tokens out, and {key}.top_k is 0: an estimate from sampled tokens "
-            "needs the whole distribution",
-            f"set rollout.top_p=1 and rollout.top_k=0, or {key}.top_k=64",
-        )
-    if teacher.top_k == 0 and rollout.temperature == 0:
-        raise ConfigError(
-            "rollout.temperature",
-            f"0, and {key}.top_k is 0: an estimate from sampled tokens needs samples",
-            f"set rollout.temperature=1, or {key}.top_k=64",
         )
 
 

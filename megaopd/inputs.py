@@ -47,6 +47,13 @@ def teacher_configs(config: Config) -> dict[str, TeacherConfig]:
     return {"": config.teacher, **config.teachers}
 
 
+def routed_teachers(config: Config) -> dict[str, TeacherConfig]:
+    """The teachers that prompts can be routed to: all but the members of averages."""
+    teachers = teacher_configs(config)
+    members = {name for teacher in teachers.values() for name in teacher.members}
+    return {name: teacher for name, teacher in teachers.items() if name not in members}
+
+
 def read_inputs(config: Config) -> Inputs:
     """Reads and checks models, tokenizers and prompts; no device, no process group.
 
@@ -91,7 +98,7 @@ def read_inputs(config: Config) -> Inputs:
     tokenizer = load_tokenizer(student)
     for name, path in paths.items():
         check_same_tokenizer(student, path, f"teachers.{name}.path" if name else "teacher.path")
-    agent = config.rollout.agent
+    agent, routed = config.rollout.agent, routed_teachers(config)
     options = template_options(config.data, tokenizer)
     tools = ToolTemplate(tokenizer, tool_schemas(agent), options) if agent else None
     rollout = config.rollout
@@ -100,11 +107,11 @@ def read_inputs(config: Config) -> Inputs:
     if data_share(rollout.mixture):
         form = ResponseForm(config.data.response_column, ends, rollout.max_new_tokens)
     train_set = load_prompts(
-        config.data.train, config.data, tokenizer, paths, tools, responses=form
+        config.data.train, config.data, tokenizer, routed, tools, responses=form
     )
     eval_prompts: tuple[Prompt, ...] = ()
     if config.data.eval:
-        eval_set = load_prompts(config.data.eval, config.data, tokenizer, paths, tools)
+        eval_set = load_prompts(config.data.eval, config.data, tokenizer, routed, tools)
         eval_prompts = eval_set.prompts
     return Inputs(
         student_arch,

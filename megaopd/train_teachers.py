@@ -8,7 +8,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from megaopd.config import Config, TeacherConfig
-from megaopd.inputs import Inputs, teacher_configs
+from megaopd.inputs import Inputs, routed_teachers
 
 if TYPE_CHECKING:
     from megaopd.data.packing import Batching, Side
@@ -70,7 +70,7 @@ def build_teacher(config: Config, inputs: Inputs, student: StudentSide) -> Teach
     slot = HeadSlot(student.groups.device)
     teachers = {
         name: TEACHERS[own.kind](name, own, config, inputs, student, slot)
-        for name, own in teacher_configs(config).items()
+        for name, own in routed_teachers(config).items()
     }
     if len(teachers) == 1:
         return teachers[""]
@@ -128,6 +128,26 @@ def _student_without_adapters(
     return BaseTeacher(student.model(), batching, student.batching, name, slot)
 
 
+def _average_teacher(
+    name: str,
+    own: TeacherConfig,
+    config: Config,
+    inputs: Inputs,
+    student: StudentSide,
+    slot: HeadSlot,
+) -> Teacher:
+    """Its members score the samples that are routed to it."""
+    from megaopd.teacher.average import AverageTeacher
+
+    members = []
+    for member in own.members:
+        its = config.teachers[member]
+        archs = {**inputs.teacher_archs, name: inputs.teacher_archs[member]}
+        as_member = replace(inputs, teacher_archs=archs)
+        members.append(TEACHERS[its.kind](name, its, config, as_member, student, slot))
+    return AverageTeacher(members, own.member_weights or (1.0,) * len(members), slot)
+
+
 def _server_teacher(
     name: str,
     own: TeacherConfig,
@@ -161,4 +181,5 @@ TEACHERS: dict[
     "base": _student_without_adapters,
     "ema": _student_as_teacher,
     "sglang": _server_teacher,
+    "average": _average_teacher,
 }

@@ -29,8 +29,8 @@ from megaopd.config import (
 from megaopd.config_schema import build, field_docs, paths, section_of, to_markdown
 from megaopd.config_servers import check_local
 from megaopd.errors import ConfigError
-from megaopd.train_teachers import TEACHERS
 from megaopd.train_rollout import ENGINES, TRANSPORTS
+from megaopd.train_teachers import TEACHERS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -439,6 +439,11 @@ class Arch:
     moe: Experts | None = None
 
 
+AVERAGE = (
+    "teacher={kind: average, path: '', members: [a, b]}",
+    "teachers.a.path=x",
+    "teachers.b.path=x",
+)
 # Rollouts by a server of this host.
 SGLANG = "rollout={kind: sglang, urls: ['http://localhost:9']}"
 
@@ -615,6 +620,30 @@ def test_what_can_work_is_not_refused(
             "teacher.max_tokens_per_micro_batch: found 0; expected a positive number",
         ),
         (["teacher.kind=self"], 3, "teacher.path: 'teacher' with teacher.kind self, whose weights"),
+        (
+            ["teacher={kind: average, path: '', members: [a]}"],
+            3,
+            "teacher.members: found ['a']; name two or more",
+        ),
+        (
+            ["teacher={kind: average, path: '', members: [a, b]}", "teachers.a.path=x"],
+            3,
+            "teacher.members: 'b' is no teacher",
+        ),
+        (
+            [*AVERAGE, "teachers.b.dtype=fp32"],
+            3,
+            "teachers.b.dtype: fp32, where teacher.dtype is bf16",
+        ),
+        ([*AVERAGE, "teacher.member_weights=[1]"], 3, "teacher.member_weights: found [1.0] for 2"),
+        ([*AVERAGE, "teacher.path=x"], 3, "teacher.path: 'x' with teacher.kind average"),
+        ([*AVERAGE, "teachers.b={kind: ema, path: ''}"], 3, "teacher.members: 'b' is ema"),
+        (
+            [*AVERAGE, "data.eval=x"],
+            3,
+            "eval.teacher: set with teacher.kind average, from which nobody can sample",
+        ),
+        (["teacher.members=[a, b]"], 3, "teacher.members: set, and teacher.kind is checkpoint"),
         (["student.lora.rank=0"], 3, "student.lora.rank: found 0; expected a positive number"),
         (
             ["student.lora.rank=8", "student.freeze=['*norm*']"],
