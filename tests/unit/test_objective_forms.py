@@ -18,7 +18,7 @@ from megaopd.losses.objective import FORMS, METRICS, OBJECTIVES, Objective
 from megaopd.losses.sampled_tokens import ESTIMATORS
 from megaopd.losses.scores import NUM_SCORES
 from tests.unit.losses.reference import from_logprobs
-from tests.unit.test_objective_signals import SAMPLER_TEMPERATURE, V, Case, bucketed
+from tests.unit.test_objective_signals import SAMPLER_TEMPERATURE, Case, V, bucketed
 
 ADVANTAGES = torch.tensor([0.0, 1.5, -2.0, 0.0, -0.7, 0.4, 0.0])
 BONUS = 0.3

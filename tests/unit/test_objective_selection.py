@@ -22,7 +22,7 @@ from megaopd.parallel.layout import Place
 from tests.helpers.random_batches import random_samples
 from tests.unit.losses.reference import from_logprobs
 from tests.unit.test_objective_forms import make_case
-from tests.unit.test_objective_signals import V, Case
+from tests.unit.test_objective_signals import Case, V
 
 
 def slow(name: str, ratio: float, h: list[float], d: list[float], lowest: bool = False) -> set[int]:
