@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from megaopd.config_layouts import Architecture, check_model, check_ranks
+from megaopd.config_loss import check_loss
 from megaopd.config_mixture import check_mixture
 from megaopd.config_schema import nearest
 from megaopd.config_servers import check_rollout_servers, check_teacher_servers
@@ -30,7 +31,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         (
             *("data.max_prompt_tokens", "rollout.max_new_tokens"),
             *("rollout.n", "rollout.batch_size", "loss.temperature", "loss.chunk_tokens"),
-            "eval.n",
+            *("eval.n", "credit.reward_beta"),
             *("optimizer.lr", "optimizer.eps", "train.num_steps", "train.global_batch_size"),
             *("train.micro_batch_size", "train.max_skipped_steps"),
             *("train.max_tokens_per_micro_batch", "teacher.max_tokens_per_micro_batch"),
@@ -51,14 +52,16 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             *("eval.temperature", "eval.top_k"),
             *("student.router_aux_loss_coef", "teacher.top_k", "rollout.max_staleness"),
             *("rollout.sglang.max_tokens_in_flight", "rollout.sglang.max_retries"),
-            "rollout.sglang.max_restarts",
+            *("rollout.sglang.max_restarts", "loss.entropy_coef", "loss.clip_high"),
+            *("credit.paced_a", "credit.paced_b"),
         ),
     ),
     (
         "a value in [0, 1]",
         lambda v: 0 <= v <= 1,
         (
-            *("loss.beta", "loss.icepop_low"),
+            *("loss.beta", "loss.icepop_low", "loss.clip_low"),
+            *("credit.discount", "credit.paced_memory"),
             *("rollout.mixture.on_policy", "rollout.mixture.teacher"),
         ),
     ),
@@ -69,7 +72,11 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         lambda v: 0 <= v < 1,
         ("optimizer.beta1", "optimizer.beta2", "teacher.ema_decay"),
     ),
-    ("a value in (0, 1]", lambda v: 0 < v <= 1, ("rollout.top_p", "eval.top_p")),
+    (
+        "a value in (0, 1]",
+        lambda v: 0 < v <= 1,
+        ("rollout.top_p", "eval.top_p", "loss.selection_ratio"),
+    ),
 )
 
 
@@ -103,6 +110,7 @@ def validate(
     _check_needs(config)
     check_teachers(config, _teachers(config))
     check_mixture(config, _teachers(config))
+    check_loss(config, _teachers(config), divergences)
     check_rollout_servers(config, environ)
     for key, teacher in _teachers(config).items():
         check_teacher_servers(key, teacher, environ)
@@ -196,9 +204,10 @@ def _check_choices(
     for key, value, names in (
         ("loss.kind", config.loss.kind, divergences),
         ("eval.reward", config.eval.reward, rewards),
+        ("credit.reward", config.credit.reward or config.eval.reward, rewards),
         *((f"rollout.agent.tools[{i}]", tool, tools) for i, tool in enumerate(asked)),
     ):
-        own_reward = key == "eval.reward" and ".py:" in value
+        own_reward = key.endswith(".reward") and ".py:" in value
         if names is not None and value not in names and not own_reward:
             close = nearest(value, names)
             guess = f"did you mean {close}? " if close else ""

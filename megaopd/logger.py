@@ -70,12 +70,12 @@ class Progress:
 
         Args:
             step: the number of the step, from 1; 0 is before the first.
-            metrics: of the step, with `loss/divergence`, or of an evaluation, without it; what is
+            metrics: of the step, with some `loss/...`, or of an evaluation, without any; what is
                 absent is left out. The last `eval/accuracy` is repeated in the lines of the steps.
         """
         self._accuracy = metrics.get("eval/accuracy", self._accuracy)
         head = f"{step:>{len(str(self.num_steps))}}/{self.num_steps}"
-        if "loss/divergence" not in metrics:
+        if not any(name.startswith("loss/") for name in metrics):
             if step == 0:
                 self._ticks[-1] = self._clock()
             return " | ".join([f"eval {head}", *_parts(metrics, _EVAL_PARTS)])
@@ -96,6 +96,9 @@ class Progress:
 # Metric and how the line shows it.
 _STEP_PARTS = {
     "loss/divergence": "loss {:.4f}",
+    "loss/policy_gradient": "PG {:.4f}",
+    "loss/likelihood": "NLL {:.4f}",
+    "credit/reward_mean": "reward {:.3f}",
     "eval/accuracy": "acc {:.3f}",
     "train/lr": "lr {:.2e}",
     "train/grad_norm": "grad {:.3f}",

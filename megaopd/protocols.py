@@ -116,7 +116,11 @@ class Student(Protocol):
         signals: Sequence[TeacherSignal],
         step: int,
     ) -> StepResult:
-        """One optimizer step with the loss of `step`, counted from 1 (`loss.schedule`)."""
+        """One optimizer step with the loss of `step`, counted from 1 (`loss.schedule`).
+
+        Args:
+            signals: one per micro-batch; none at all where the loss asks no teacher.
+        """
         ...
 
     def score(

@@ -78,6 +78,26 @@ CHARTS = (
         {"rollout/staleness_mean": "mean", "rollout/staleness_max": "largest"},
     ),
     Chart(
+        "Reward",
+        "mean over the training samples",
+        {"credit/reward_mean": "reward", "credit/pass_rate_mean": "pass rate of the prompts"},
+    ),
+    Chart(
+        "Likelihood",
+        "nats per token",
+        {"loss/likelihood": "training loss"},
+    ),
+    Chart(
+        "Policy gradient",
+        "",
+        {"loss/policy_gradient": "training loss", "credit/advantage_std": "spread of advantages"},
+    ),
+    Chart(
+        "Chosen tokens",
+        "share of the loss tokens",
+        {"loss/clip_fraction": "past a clipping bound", "loss/selected_fraction": "selected"},
+    ),
+    Chart(
         "Importance",
         "share of the loss tokens",
         {"loss/importance_clip_fraction": "cut or left out"},
@@ -95,7 +115,7 @@ CHARTS = (
 )
 
 # Phases of a step from the bottom of the stack; what a step spends outside them is "other".
-PHASES = ("rollout", "pack", "teacher", "student", "weight_sync", "eval")
+PHASES = ("rollout", "pack", "teacher", "credit", "student", "weight_sync", "eval")
 
 # The figures at the top of the page: heading, key before (if any), key of the figure.
 HEADLINES = (

@@ -16,6 +16,7 @@ from megaopd.data.prompts import PromptStream
 from megaopd.errors import NumericError, RolloutError
 from megaopd.evaluation import EvalResult, eval_metrics, nothing_sampled
 from megaopd.logger import get_logger
+from megaopd.losses.objective import needs_teacher
 from megaopd.metrics import MetricsWriter, PhaseTimer
 from megaopd.protocols import (
     PendingRollout,
@@ -113,6 +114,10 @@ class OPDTrainer:
         self.evaluator, self.eval_prompts = evaluator, eval_prompts
         self.metrics = metrics
         self.record, self.credit = record, credit
+        # Otherwise it is the yardstick of evaluations alone.
+        self._asks_teacher = needs_teacher(config.loss) or (
+            credit is not None and credit.needs_scores
+        )
         self.start_rollout: StartRollout = start_rollout or (
             lambda step, prompts, params: engine.start(prompts, params)
         )
@@ -157,7 +162,7 @@ class OPDTrainer:
             assignment = self.batching.assign(samples)
             micro_batches = self.batching.micro_batches(samples, assignment, self.rank)
         with timer.phase("teacher"):
-            signals = self.teacher.score(samples)
+            signals = self.teacher.score(samples) if self._asks_teacher else []
         with timer.phase("credit"):
             micro_batches, credit_metrics = self._worth(samples, micro_batches, signals)
         with timer.phase("student"):
@@ -175,7 +180,12 @@ class OPDTrainer:
             samples,
             result,
             timer,
-            {**rollout_metrics, **credit_metrics, **utilisation, **self.teacher.metrics},
+            {
+                **rollout_metrics,
+                **credit_metrics,
+                **utilisation,
+                **(self.teacher.metrics if self._asks_teacher else {}),
+            },
         )
         self._check_finite(step, samples, result)
         return result

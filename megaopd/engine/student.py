@@ -142,7 +142,7 @@ class MegatronStudent:
         def loss(
             index: int, batch: PackedBatch, hidden: Tensor
         ) -> tuple[Tensor, Tensor, ObjectiveOutput]:
-            out = self.objective(hidden, self.head, batch, signals[index])
+            out = self.objective(hidden, self.head, batch, signals[index] if signals else None)
             return out.loss_sum, out.num_tokens, _detached(out)
 
         outputs = schedule.forward_backward(self.ddp, micro_batches, self.groups, loss)

@@ -46,6 +46,14 @@ FORMS: dict[str, Callable[[LossSettings, LossRows, Any], LossTerms]] = {
     "likelihood": likelihood,
 }
 
+
+def needs_teacher(config: LossConfig) -> bool:
+    """Whether the loss asks the teacher, at any step."""
+    selection = SELECTIONS.get(config.selection)
+    chosen_by_teacher = selection is not None and selection.kind is not None
+    return config.objective in ("divergence", "estimator") or chosen_by_teacher
+
+
 YARDSTICKS: dict[type, str] = {
     HiddenSignal: "eval/reverse_kl",
     TopKSignal: "eval/reverse_kl_lower_bound",
@@ -125,7 +133,11 @@ class Objective:
         self.settings = replace(self.settings, config=loss_at(self.config, step))
 
     def __call__(
-        self, hidden_TH: Tensor, head_VH: Tensor, batch: PackedBatch, signal: TeacherSignal
+        self,
+        hidden_TH: Tensor,
+        head_VH: Tensor,
+        batch: PackedBatch,
+        signal: TeacherSignal | None,
     ) -> ObjectiveOutput:
         """Every rank of the tensor- and context-parallel groups calls it; those of the former hold
         the same result.
@@ -135,6 +147,7 @@ class Objective:
         Args:
             hidden_TH: the student's hidden states [T, H], equal on the ranks of tp_group.
             head_VH: this rank's rows of the student's LM head.
+            signal: the teacher's word; None where the loss does not ask for it (`needs_teacher`).
         """
         c = self.settings.config
         rows = _loss_rows(hidden_TH, head_VH, batch)
@@ -175,7 +188,7 @@ class Objective:
         return scores(self.settings, _loss_rows(hidden_TH, head_VH, batch), signal)
 
     @torch.no_grad()
-    def _selected(self, rows: LossRows, batch: PackedBatch, signal: TeacherSignal) -> Tensor:
+    def _selected(self, rows: LossRows, batch: PackedBatch, signal: TeacherSignal | None) -> Tensor:
         """Which of the loss tokens are trained on, [L] bool."""
         c = self.settings.config
         kind = SELECTIONS[c.selection].kind
@@ -188,11 +201,14 @@ class Objective:
         )
         config = replace(c, objective="divergence", kind=kind or c.kind, entropy_coef=0.0)
         settings = replace(self.settings, config=config)
+        # All tokens of a response compete, whatever they weigh.
+        rows = replace(rows, weights_L=torch.ones_like(rows.weights_L))
         if kind is None:
             scored, kept = rows.scored()
             terms = label_terms(settings, scored, kept, len(rows.weights_L), _nothing)
             divergence = torch.zeros_like(terms.metrics["student/entropy"])
         else:
+            assert signal is not None  # see `needs_teacher`
             terms = _divergence(settings, rows, signal)
             divergence = terms.metrics["loss/divergence"]
         entropy = terms.metrics["student/entropy"]

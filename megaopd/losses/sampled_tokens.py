@@ -22,7 +22,9 @@ from megaopd.losses.teacher_logprobs import teacher_logprobs
 from megaopd.losses.validation import require
 
 
-def policy_gradient(settings: LossSettings, rows: LossRows, signal: TeacherSignal) -> LossTerms:
+def policy_gradient(
+    settings: LossSettings, rows: LossRows, signal: TeacherSignal | None
+) -> LossTerms:
     """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = p(y) / p_sampler(y): PPO's clipped
     surrogate, arXiv 1707.06347 (7), without the teacher, whose word is in A.
 
@@ -95,7 +97,7 @@ def estimator(settings: LossSettings, rows: LossRows, signal: TeacherSignal) -> 
     return terms
 
 
-def likelihood(settings: LossSettings, rows: LossRows, signal: TeacherSignal) -> LossTerms:
+def likelihood(settings: LossSettings, rows: LossRows, signal: TeacherSignal | None) -> LossTerms:
     """-log p(y), of tokens that anybody wrote: supervised fine-tuning, and with samples of the
     teacher sequence-level distillation (Kim and Rush, arXiv 1606.07947)."""
     scored, kept = rows.scored()

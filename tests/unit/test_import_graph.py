@@ -25,7 +25,7 @@ LAYERS = (
     ("errors", "logger", "memory", "parallel.cpu"),
     ("storage",),
     (
-        "config config_compose config_credit config_layouts config_lora config_mixture"
+        "config config_compose config_credit config_layouts config_loss config_lora config_mixture"
         " config_rollout config_schema config_servers config_teachers config_validate",
         "batch",
     ),
