@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 # Losses whose theory says that the student sampled the tokens.
 _ON_POLICY_LOSSES = ("policy_gradient", "estimator")
 
+_CANNOT_SAMPLE = {
+    "ema": "whose weights move: its samples would be those of the start",
+    "average": "which scores tokens and samples none",
+}
+
 
 def data_share(mixture: MixtureConfig | None) -> float:
     """Fraction of the prompts that have the data set's responses."""
@@ -66,12 +71,12 @@ def _check_teachers(
     config: Config, mixture: MixtureConfig, teachers: Mapping[str, TeacherConfig]
 ) -> None:
     for key, teacher in teachers.items():
-        if mixture.teacher and teacher.kind == "ema":
+        if mixture.teacher and teacher.kind in _CANNOT_SAMPLE:
+            why = _CANNOT_SAMPLE[teacher.kind]
             raise ConfigError(
                 "rollout.mixture.teacher",
-                f"{mixture.teacher}, and {key}.kind is ema, whose weights move: its samples would "
-                "be those of the start",
-                "set it to 0, or choose a teacher that stays",
+                f"{mixture.teacher}, and {key}.kind is {teacher.kind}, {why}",
+                "set it to 0, or choose another teacher",
             )
         sampled_only = teacher.kind == "sglang" and teacher.top_k == 0
         if sampled_only and config.loss.objective == "divergence":

@@ -26,7 +26,7 @@ from megaopd.protocols import (
     Teacher,
     WeightSync,
 )
-from megaopd.rollout.mixture import fractions
+from megaopd.rollout.mixture import mixture_metrics
 
 logger = get_logger(__name__)
 
@@ -153,9 +153,10 @@ class OPDTrainer:
             self._start_rollouts(step)
             prompts, rollout = self._rollouts.popleft()
             samples = rollout.result()
-        rollout_metrics = {**self._staleness(step, samples), **fractions(samples)}
+        rollout_metrics = self._staleness(step, samples)
         if any(s.source == "student" for s in samples):
             rollout_metrics |= self.engine.metrics
+        rollout_metrics |= mixture_metrics(prompts, samples)
         if self.record is not None:
             self.record(step, prompts, samples)
         with timer.phase("pack"):

@@ -24,7 +24,8 @@ EPILOG = """\
 what comes out
   OUT                   .jsonl or .parquet, by its name; complete or not there. Columns: id, prompt
                         (messages, or a string with --text), answer, data_source, and teacher where
-                        --teacher names one. data.train and data.eval take it as it is.
+                        --teacher names one, and response with --responses. data.train and
+                        data.eval take it as it is.
   OUT.dropped.jsonl     a line for every row that was left out, with the row and the reason; no file
                         where there is none. The same prompt a second time is left out, and so is
                         one that is in a file of --against.
@@ -105,6 +106,11 @@ def _add_common(kind: argparse.ArgumentParser, instruction: str) -> None:
     kind.add_argument("--system", default="", help="a system message before every prompt")
     kind.add_argument("--text", action="store_true", help="prompts as plain text, not as messages")
     kind.add_argument("--data-source", default="", help="column data_source (default: the row's)")
+    kind.add_argument(
+        "--responses",
+        action="store_true",
+        help="write the solution, or the assistant's last turn, to column response (for SFT, GKD)",
+    )
     kind.add_argument("--teacher", default="", help="the entry of `teachers` for all rows")
     kind.add_argument(
         "--on-bad",
@@ -129,7 +135,15 @@ def main(argv: list[str]) -> None:
         columns = Columns(args.prompt_column, args.answer_column)
         rows = convert(args.kind, args.path, args.split, columns)
         total = num_rows(args.path, args.split)
-    form = Form(args.kind, args.instruction, args.system, args.text, args.data_source, args.teacher)
+    form = Form(
+        args.kind,
+        args.instruction,
+        args.system,
+        args.text,
+        args.data_source,
+        args.teacher,
+        args.responses,
+    )
     done = prepare(
         _with_bar(rows, total),
         form,

@@ -1,7 +1,8 @@
 """From the rows of a data set to a prompt file: one schema, no prompt twice, none of another file.
 
-A prompt file's columns are `id`, `prompt`, `answer`, `data_source`, and `teacher` where one is
-asked for. What is left out is written beside the file, a line for each row with the reason.
+A prompt file's columns are `id`, `prompt`, `answer`, `data_source`, and `teacher` and `response`
+where they are asked for. What is left out is written beside the file, a line for each row with the
+reason.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Form:
         text: write prompts as plain text instead of messages.
         data_source: written to every row in place of the row's own.
         teacher: the teacher that every row is routed to; empty leaves the column out.
+        responses: write the data set's own responses, in a column of this name.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Form:
     text: bool = False
     data_source: str = ""
     teacher: str = ""
+    responses: bool = False
 
     def prompt(self, example: Example, where: str) -> str | list[Message]:
         """What the model is asked.
@@ -129,7 +132,7 @@ def _checked(row: Row, example: Example) -> Example:
     if not "".join(texts).strip():
         raise row.error("an empty prompt", "mend or remove the row")
     try:
-        "".join([*texts, example.answer or ""]).encode()
+        "".join([*texts, example.answer or "", example.response or ""]).encode()
     except UnicodeEncodeError as error:
         raise row.error("half of a surrogate pair", "mend the text's encoding") from error
     return example
@@ -182,6 +185,12 @@ def prepare(
                 if on_bad == "stop":
                     raise example
                 drop(row, UNREADABLE, error=str(example))
+                continue
+            if form.responses and not example.response:
+                error = row.error("no response of its own", "leave out --responses")
+                if on_bad == "stop":
+                    raise error
+                drop(row, UNREADABLE, error=str(error))
                 continue
             prompt = form.prompt(example, row.where)
             key = fingerprint(prompt)
@@ -308,6 +317,8 @@ class PromptWriter:
         }
         if form.teacher:
             row["teacher"] = form.teacher
+        if form.responses:
+            row["response"] = example.response
         self._rows.append(row)
         if len(self._rows) == self._GROUP:
             self._flush()
@@ -333,4 +344,6 @@ class PromptWriter:
         ]
         if self._form.teacher:
             columns.append(("teacher", pa.string()))
+        if self._form.responses:
+            columns.append(("response", pa.string()))
         return pa.schema(columns)

@@ -42,12 +42,14 @@ class Example:
         answer: the reference answer, None where the row has none.
         example_id: the row's own name, if it has one.
         data_source: the row's own word on where it comes from, if it has one.
+        response: a whole response, with its reasoning, if the row has one.
     """
 
     problem: str | list[Message]
     answer: str | None
     example_id: str | None = None
     data_source: str | None = None
+    response: str | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def _gsm8k(row: Row, columns: Columns) -> Example:
             f"column {name!r} ends in no '#### NUMBER' ({excerpt(solution[-40:])})",
             "take GSM8K's own answers, with their solutions",
         )
-    return Example(question, answer)
+    return Example(question, answer, response=solution)
 
 
 def _math500(row: Row, columns: Columns) -> Example:
@@ -147,7 +149,12 @@ def _math500(row: Row, columns: Columns) -> Example:
         answer = text(row, columns.answer or "answer")
     else:
         answer = _boxed(row)
-    return Example(problem, answer, example_id)
+    return Example(problem, answer, example_id, response=_solution(row))
+
+
+def _solution(row: Row) -> str | None:
+    value = row.get("solution")
+    return value.strip() or None if isinstance(value, str) else None
 
 
 def _boxed(row: Row) -> str:
@@ -185,7 +192,7 @@ def _aime(row: Row, columns: Columns) -> Example:
         raise row.error(
             f"the answer is {excerpt(answer)}", "AIME's are integers from 0 to 999; mend the row"
         )
-    return Example(bare(problem), found[1], example_id)
+    return Example(bare(problem), found[1], example_id, response=_solution(row))
 
 
 def _dapo_math(row: Row, columns: Columns) -> Example:
@@ -253,7 +260,8 @@ def _messages(row: Row, columns: Columns) -> Example:
     if not row.has(name):
         raise row.missing(name, "name another (--prompt-column)")
     messages = conversation(row, name)
-    last = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
+    said = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
+    last = said
     if not any(message["role"] == "user" for message in messages):
         raise row.error(
             f"column {name!r} has no message of the user before its answer", "mend the row"
@@ -262,7 +270,7 @@ def _messages(row: Row, columns: Columns) -> Example:
     if columns.answer or any(row.has(n) for n in names):
         last = text(row, *([columns.answer] if columns.answer else names))
     example_id = _example_id(row, "id", "uuid", "extra_info.index")
-    return Example(messages, last, example_id, _source(row))
+    return Example(messages, last, example_id, _source(row), response=said)
 
 
 _VERL = "data_source, prompt (messages), reward_model.ground_truth, extra_info.index"

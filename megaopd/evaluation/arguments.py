@@ -29,6 +29,8 @@ examples
       --instruction as_written --instruction boxed --out eval/demo
   python tools/evaluate.py runs/opd/megatron --data data/aime24.jsonl --reward math --n 64 \\
       --engine sglang --servers 8 --out eval/aime24
+  python tools/evaluate.py models/Qwen3-32B --data data/train.jsonl --reward math --n 4 \\
+      --out eval/teacher --responses data/sft.jsonl --correct-only
   python tools/evaluate.py models/Qwen3-8B --data data/aime24.jsonl --reward math --n 16 \\
       --engine sglang --url http://10.0.0.7:30000 --out eval/running
   torchrun --nproc-per-node 8 tools/evaluate.py ...        embedded, a share of the samples a GPU
@@ -79,6 +81,8 @@ def parser() -> argparse.ArgumentParser:
     add = scored.add_argument
     add("--reward", default="math", help="a reward's name or path.py:function (default: math)")
     add("--k", default="", metavar="K,...", help="of pass@k (default: 1, 2, 4, ..., n)")
+    add("--responses", type=Path, metavar="FILE", help="write prompts with a response, to train on")
+    add("--correct-only", action="store_true", help="of --responses, those with full marks alone")
     add("--samples", type=int, default=24, help="prompts shown in the report")
 
     engine = top.add_argument_group("who answers")
@@ -118,6 +122,16 @@ def check(args: argparse.Namespace) -> tuple[int, ...]:
     if args.temperature == 0 and args.n > 1:
         raise ConfigError(
             "--n", f"{args.n} at temperature 0, where all are the same", "set --temperature 1"
+        )
+    if args.correct_only and not args.responses:
+        raise ConfigError("--correct-only", "given without --responses", "name the file to write")
+    if args.responses and (
+        len(args.data) > 1 or (args.instruction or [AS_WRITTEN]) != [AS_WRITTEN]
+    ):
+        raise ConfigError(
+            "--responses",
+            "given with several --data or another --instruction",
+            "ask one file, as it is written",
         )
     if args.engine == "embedded" and args.url:
         raise ConfigError("--url", "given, and --engine is embedded", "set --engine sglang")

@@ -24,6 +24,7 @@ from megaopd.evaluation.page import Part, write_evaluation
 from megaopd.evaluation.progress import answer_all
 from megaopd.evaluation.questions import AS_WRITTEN, Questions, load_questions
 from megaopd.evaluation.scoring import EvalRecord, figures, nothing_sampled, score_all
+from megaopd.evaluation.training_data import write_responses
 from megaopd.storage.staged_file import staged_file
 
 if TYPE_CHECKING:
@@ -118,6 +119,17 @@ def _evaluate(
                         )
         if world.rank == 0:
             _write(args, questions, journals, settings, ks)
+            if args.responses:
+                became = write_responses(
+                    args.responses,
+                    questions[0].path,
+                    args.id_column,
+                    {p.prompt_id: journals[0].done[p.prompt_id] for p in questions[0].prompts},
+                    tokenizer,
+                    params.stop_token_ids,
+                    correct_only=args.correct_only,
+                )
+                print(f"{args.responses}: {', '.join(f'{n} {why}' for why, n in became.items())}")
 
 
 @contextmanager

@@ -162,11 +162,12 @@ class MixedRollout:
         )
 
 
-def fractions(samples: Sequence[Sample]) -> dict[str, float]:
-    """Each author's share of the samples, as metrics; nothing where all are the student's."""
+def mixture_metrics(prompts: Sequence[Prompt], samples: Sequence[Sample]) -> dict[str, float]:
+    """Each author's share of a step's samples, and the prompts that nobody answered; nothing where
+    all samples are the student's."""
     written = [sample.source for sample in samples]
     if set(written) <= {"student"}:
         return {}
-    return {
-        f"rollout/{source}_fraction": written.count(source) / len(written) for source in SOURCES
-    }
+    answered = {sample.prompt.prompt_id for sample in samples}
+    shares = {f"rollout/{of}_fraction": written.count(of) / len(written) for of in SOURCES}
+    return {**shares, "rollout/set_aside": float(len(prompts) - len(answered))}

@@ -158,6 +158,28 @@ def test_long_prompts_are_set_aside(model, data, tmp_path):
     assert result["set_aside"]["too long"] == 1
 
 
+def test_responses_to_train_on(model, data, tmp_path, capsys):
+    """The first of each prompt's samples that came to its end, token for token."""
+    train = tmp_path / "train.jsonl"
+    words = ["--n", "4", "--max-new-tokens", "40", "--stop", "a", "--stop", "b"]
+    run(model, data, tmp_path / "out", *words, "--responses", str(train))
+    rows = [json.loads(line) for line in train.read_text().splitlines()]
+    tokenizer = load_tokenizer(model)
+    stops = [tokenizer.eos_token_id]
+    stops += [tokenizer(text, add_special_tokens=False).input_ids[0] for text in "ab"]
+    samples = {row["prompt_id"]: row["records"] for row in responses(tmp_path / "out")}
+    ended = {i: [r for r in own if not r["truncated"]] for i, own in samples.items()}
+    assert rows
+    assert [row["id"] for row in rows] == [i for i, own in ended.items() if own]
+    for row in rows:
+        ids = tokenizer(row["response"], add_special_tokens=False).input_ids
+        sampled = ended[row["id"]][0]["response_ids"]
+        assert tokenizer.decode(ids) == tokenizer.decode(sampled[:-1])
+        assert sampled[-1] in stops
+        assert row["teacher"] == "nobody here"  # the row is as it was, but for the response
+    assert f"{len(rows)} written" in capsys.readouterr().out
+
+
 def test_files_of_one_name(model, data, tmp_path):
     other = tmp_path / "sums.jsonl"
     other.write_text(data.read_text())
@@ -176,6 +198,8 @@ def test_files_of_one_name(model, data, tmp_path):
         ("--top-k -1", "--top-k: found -1; give 0 or more"),
         ("--url http://a:1", "--url: given, and --engine is embedded"),
         ("--max-new-tokens 512", "--max-new-tokens: 512 leave no room for a prompt"),
+        ("--correct-only", "--correct-only: given without --responses"),
+        ("--responses a.jsonl --instruction boxed", "--responses: given with several --data or an"),
         ("--reward mth", "--reward: no 'mth'; did you mean math"),
         ("--thinking on", "data.enable_thinking: true, and the tokenizer's chat template"),
         ("--stop two", "rollout.stop: 'two' is"),

@@ -15,7 +15,7 @@ from megaopd.data.packing import Batching, Packing
 from megaopd.errors import ConfigError
 from megaopd.parallel.layout import Layout
 from megaopd.rollout.deferred import DeferredRollout
-from megaopd.rollout.mixture import SOURCES, Mixture, authors, counts, fractions
+from megaopd.rollout.mixture import SOURCES, Mixture, authors, counts, mixture_metrics
 from megaopd.rollout.recorded import RecordedEngine, SampleRecorder
 
 EOS = 0
@@ -146,10 +146,11 @@ def test_every_author_answers_its_own():
             assert sample.finish_reason == ("stop" if ids[-1] == EOS else "length")
     assert {p.token_ids for engine in teachers.values() for p in engine.asked} == {(1, 2, 3)}
     assert {p.token_ids for p in student.asked} == {(1, 2)}
-    assert fractions(samples) == {
+    assert mixture_metrics(PROMPTS, samples) == {
         "rollout/student_fraction": 0.5,
         "rollout/teacher_fraction": 0.25,
         "rollout/data_fraction": 0.25,
+        "rollout/set_aside": 0.0,
     }
     mixture.close()
     assert all(engine.closed for engine in teachers.values())
@@ -167,7 +168,7 @@ def test_several_samples_of_a_prompt_have_one_author():
 def test_all_the_students_is_the_students_engine():
     mixture, student, _ = make(MixtureConfig())
     assert mixture.start(1, PROMPTS, PARAMS).result() == student.generate(PROMPTS, PARAMS)
-    assert fractions(student.generate(PROMPTS, PARAMS)) == {}
+    assert mixture_metrics(PROMPTS, student.generate(PROMPTS, PARAMS)) == {}
 
 
 def test_a_prompt_that_the_student_cannot_answer_is_left_out():
@@ -177,6 +178,7 @@ def test_a_prompt_that_the_student_cannot_answer_is_left_out():
     mixture, _, _ = make(shares, Author(10, [aside]))
     samples = mixture.start(1, PROMPTS, PARAMS).result()
     assert [s.prompt.prompt_id for s in samples] == [f"p{i}" for i in range(8) if f"p{i}" != aside]
+    assert mixture_metrics(PROMPTS, samples)["rollout/set_aside"] == 1
 
 
 def test_no_author_asks_anything_of_an_engine_without_a_share():
@@ -257,7 +259,11 @@ WITH_COLUMN = replace(Config().data, response_column="solution")
         ),
         (
             configured(mixture=MixtureConfig(0, 1), teacher=TeacherConfig(kind="ema")),
-            "rollout.mixture.teacher: 1, and teacher.kind is ema",
+            "rollout.mixture.teacher: 1, and teacher.kind is ema, whose weights move",
+        ),
+        (
+            configured(mixture=MixtureConfig(0, 1), teacher=TeacherConfig(kind="average")),
+            "rollout.mixture.teacher: 1, and teacher.kind is average, which scores tokens",
         ),
         (
             configured(mixture=MixtureConfig(0, 1), teacher=TeacherConfig(kind="sglang", top_k=0)),

@@ -134,6 +134,38 @@ def test_originals_become_prompts(tmp_path: Path, kind: str, suffix: str) -> Non
         assert {key: found[key] for key in expected} == expected
 
 
+# Of every kind whose rows can hold a response: a row, and the response.
+RESPONSES = {
+    "gsm8k": (LAYOUTS["gsm8k"][0][0], "2+2 = <<2+2=4>>4\n#### 1,234"),
+    "math500": (LAYOUTS["math500"][0][0], "so \\boxed{2}"),
+    "aime24": (LAYOUTS["aime24"][0][0], "s"),
+    "messages": (LAYOUTS["messages"][0][0], "Hello"),
+}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("kind", RESPONSES)
+def test_responses_are_written_on_request(tmp_path: Path, kind: str, suffix: str) -> None:
+    row, response = RESPONSES[kind]
+    file = write_rows(tmp_path / f"in.{suffix}", [row])
+    (found,) = run(tmp_path / f"out.{suffix}", kind, "--in", file, "--responses")
+    assert found["response"] == response
+    assert list(found) == ["id", "prompt", "answer", "data_source", "response"]
+
+
+def test_a_row_without_a_response(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "in.jsonl", [LAYOUTS["dapo_math"][2][0], VERL])
+    with pytest.raises(DataError, match=r"in.jsonl:1: no response of its own; leave out --respons"):
+        run(tmp_path / "out.jsonl", "dapo_math", "--in", file, "--responses")
+    rows = [{"messages": TURNS[:1]}, {"messages": TURNS}]
+    file = write_rows(tmp_path / "chats.jsonl", rows)
+    out = tmp_path / "chats_out.jsonl"
+    (found,) = run(out, "messages", "--in", file, "--responses", "--on-bad", "drop")
+    assert found["response"] == "Hello"
+    (dropped,) = read_json_lines(tmp_path / "chats_out.jsonl.dropped.jsonl")
+    assert dropped["reason"] == "unreadable"
+
+
 # kind, a row, what is said of it after the file and the row.
 BAD = [
     ("gsm8k", {"question": "Q", "answer": "4"}, "column 'answer' ends in no '#### NUMBER' (\"4\")"),

@@ -1,0 +1,72 @@
+"""Responses of an evaluation as a prompt file to train on: SFT on a teacher, rejection sampling."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megaopd.data.rows import read_rows
+from megaopd.evaluation.scoring import Decoder, EvalRecord
+from megaopd.storage.staged_file import staged_file
+
+COLUMN = "response"
+
+
+def write_responses(
+    out: Path,
+    data: str,
+    id_column: str,
+    records: Mapping[str, Sequence[EvalRecord]],
+    tokenizer: Decoder,
+    stop_token_ids: Sequence[int],
+    *,
+    correct_only: bool,
+) -> Counter[str]:
+    """Writes the rows of a prompt file with one response each, in the column `response`.
+
+    Of a prompt's samples the first is taken that came to its end; with `correct_only` the first of
+    these that has full marks.
+
+    Args:
+        out: JSON lines; one that is there is replaced.
+        data: the prompt file that was asked.
+        records: by prompt id; rows without an entry were not asked.
+
+    Returns:
+        what became of the rows: `written`, or why not.
+
+    Raises:
+        MegaOPDError: the prompt file cannot be read any more, or `out` not written.
+    """
+    became: Counter[str] = Counter()
+    with (
+        staged_file(out, overwrite=True) as path,
+        path.open("w", encoding="utf-8") as file,
+    ):
+        for row in read_rows(data):
+            own = records.get(str(row.get(id_column, row.number)))
+            if own is None:
+                became["not asked"] += 1
+                continue
+            ended = [record for record in own if not record.truncated]
+            good = [record for record in ended if record.correct or not correct_only]
+            if not good:
+                became["none correct" if ended else "none came to an end"] += 1
+                continue
+            became["written"] += 1
+            text = _text(good[0].response_ids, tokenizer, stop_token_ids)
+            file.write(json.dumps({**_plain(row.values), COLUMN: text}, default=str) + "\n")
+    return became
+
+
+def _text(ids: Sequence[int], tokenizer: Decoder, stop_token_ids: Sequence[int]) -> str:
+    """The response as it was sampled, special tokens and all, without its end: training adds it."""
+    kept = list(ids[:-1] if ids and ids[-1] in stop_token_ids else ids)
+    return tokenizer.decode(kept, skip_special_tokens=False)
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != COLUMN}
