@@ -190,19 +190,22 @@ def adapt(layer: torch.nn.Module, adapters: dict[str, Adapter]) -> None:
             layer's experts, in order.
     """
     layer.add_module(ADAPTERS, torch.nn.ModuleDict(adapters))
-    layer.register_forward_hook(_add_output)
+    layer.register_forward_hook(_add_output, with_kwargs=True)
 
 
-def _add_output(layer: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+def _add_output(
+    layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
     adapters: list[Adapter] = list(getattr(layer, ADAPTERS).values())
     if not adapters[0].enabled:
         return output
     y, bias = output  # as all of Megatron's linear layers give it
-    x = normed_input(layer, args[0])
-    if len(args) == 1:
+    given = (*args, *kwargs.values())
+    x = normed_input(layer, given[0])
+    if len(adapters) == 1:
         return y + adapters[0](x), bias
     # A grouped layer: the tokens of its experts one after another, and their numbers.
-    counts = args[1].tolist() if isinstance(args[1], Tensor) else list(args[1])
+    counts = given[1].tolist() if isinstance(given[1], Tensor) else list(given[1])
     parts = [a(part) for a, part in zip(adapters, x.split(counts), strict=True)]
     return y + torch.cat(parts), bias
 

@@ -85,7 +85,7 @@ def adapter_specs(arch: ModelArch, lora: LoraConfig) -> dict[str, AdapterSpec]:
     """The adapters of the whole model by the canonical name of the parameter that they adapt."""
     specs = {}
     for name, mapping in param_mappings(arch).items():
-        spec = _spec(mapping, lora)
+        spec = adapter_spec(mapping, lora)
         if spec is not None and any(part.adapted for part in spec.parts):
             specs[name] = spec
     return specs
@@ -99,7 +99,7 @@ def adapter_mappings(arch: ModelArch, lora: LoraConfig) -> dict[str, ParamMappin
 
 def linear_layers(arch: ModelArch) -> tuple[str, ...]:
     """What `student.lora.targets` may name: the last parts of the linear layers' names."""
-    specs = (_spec(mapping, LoraConfig()) for mapping in param_mappings(arch).values())
+    specs = (adapter_spec(mapping, LoraConfig()) for mapping in param_mappings(arch).values())
     names = (part.name for spec in specs if spec is not None for part in spec.parts)
     return tuple(dict.fromkeys(names))
 
@@ -125,7 +125,7 @@ def check_lora(arch: ModelArch, lora: LoraConfig) -> None:
             )
 
 
-def _spec(mapping: ParamMapping, lora: LoraConfig) -> AdapterSpec | None:
+def adapter_spec(mapping: ParamMapping, lora: LoraConfig) -> AdapterSpec | None:
     """None where the parameter is no linear layer's weight: a norm, a bias, router, embedding."""
     r, layout = lora.rank, mapping.layout
     group_rows: tuple[int, ...] = ()

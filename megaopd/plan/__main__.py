@@ -14,6 +14,7 @@ from megaopd.config import Config, load
 from megaopd.config_schema import field_docs
 from megaopd.errors import ConfigError, run_cli
 from megaopd.models.freeze import check_freeze
+from megaopd.models.lora_spec import check_lora
 from megaopd.plan.machine import Machine
 from megaopd.plan.parameters import check_layout
 from megaopd.plan.presets import PRESETS, find_arch
@@ -151,6 +152,8 @@ def _workload(config: Config, options: dict[str, str]) -> Workload:
             "choose models of one tokenizer",
         )
     check_freeze(student, config.student.freeze)
+    if config.student.lora is not None:
+        check_lora(student, config.student.lora)
     world = _integer(options, "world", 8)
     where = "parallel" if config.teacher.parallel is None else "teacher.parallel"
     check_layout(student, config.parallel, world, "parallel", "student")

@@ -118,7 +118,9 @@ def _rank_memory(
 ) -> RankMemory:
     config, s, t = work.config, work.student_parallel, work.teacher_parallel
     bs, bt, world = work.student_bytes, work.teacher_bytes, work.world_size
-    student = rank_parameters(work.student, s, world, s_stage, config.student.freeze)
+    student = rank_parameters(
+        *(work.student, s, world, s_stage, config.student.freeze, config.student.lora)
+    )
     teacher = rank_parameters(work.teacher, t, world, t_stage)
 
     student_weights = student.stored * bs
@@ -128,7 +130,8 @@ def _rank_memory(
         # With fp32 weights the optimizer updates them in place.
         "main weights": student.optimizer_shard * FP32 if bs < FP32 else 0,
     }
-    teacher_weights = teacher.numel * bt
+    # Of a student without its adapters there is one copy.
+    teacher_weights = 0 if config.teacher.kind == "base" else teacher.numel * bt
     is_last = s_stage == s.pipeline - 1
     tp = s.tensor
     head = padded_vocab_size(work.student.vocab_size, tp) // tp * work.teacher.hidden_size * bt

@@ -16,11 +16,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from megaopd.config import ParallelConfig
+from megaopd.config import LoraConfig, ParallelConfig
 from megaopd.config_layouts import check_model, check_ranks
 from megaopd.models.arch import ModelArch
 from megaopd.models.families import EMBEDDING, OUTPUT_LAYER, param_mappings
 from megaopd.models.freeze import is_frozen
+from megaopd.models.lora_spec import adapter_mappings
 from megaopd.models.mapping import Layout, Partition, padded_vocab_size
 from megaopd.parallel.layout import Layout as RankLayout
 
@@ -148,7 +149,7 @@ def active_parameters(arch: ModelArch) -> tuple[float, ...]:
             count * share(part) * _shard_numel(cast(Hashable, part.layout), 1, 0)
             for part, count in kind.items()
         )
-        for kind in _layer_kinds(arch, ())
+        for kind in _layer_kinds(arch, (), None)
     )
 
 
@@ -159,6 +160,7 @@ def rank_parameters(
     world_size: int,
     stage: int,
     freeze: tuple[str, ...] = (),
+    lora: LoraConfig | None = None,
 ) -> RankParameters:
     """Counts the parameters of a rank of pipeline stage `stage`.
 
@@ -170,8 +172,8 @@ def rank_parameters(
     tp, rows = parallel.tensor, padded_vocab_size(arch.vocab_size, parallel.tensor)
     etp = expert_tensor(parallel)
     copies, expert_copies = num_copies(parallel, world_size)
-    kinds = _layer_kinds(arch, freeze)
-    ends = _end_parts(arch, freeze)
+    kinds = _layer_kinds(arch, freeze, lora)
+    ends = _end_parts(arch, freeze if lora is None else ("*",))
     numel = trainable = expert = 0
     buckets: list[Bucket] = []
     for chunk in chunks_of(parallel, arch.num_layers, stage):
@@ -214,12 +216,16 @@ class _Part:
 
 
 @lru_cache(maxsize=64)
-def _layer_kinds(arch: ModelArch, freeze: tuple[str, ...]) -> tuple[Counter[_Part], ...]:
-    """The parts of every decoder layer."""
+def _layer_kinds(
+    arch: ModelArch, freeze: tuple[str, ...], lora: LoraConfig | None
+) -> tuple[Counter[_Part], ...]:
+    """The parts of every decoder layer; with LoRA adapters these alone are trained."""
     layers: list[Counter[_Part]] = [Counter() for _ in range(arch.num_layers)]
-    for name, mapping in param_mappings(arch).items():
+    adapters = {} if lora is None else adapter_mappings(arch, lora)
+    for name, mapping in {**param_mappings(arch), **adapters}.items():
         if name.startswith("decoder.layers."):
-            part = _Part(mapping.layout, mapping.expert is not None, is_frozen(mapping, freeze))
+            trained = name in adapters if lora else not is_frozen(mapping, freeze)
+            part = _Part(mapping.layout, mapping.expert is not None, not trained)
             layers[int(name.split(".")[2])][part] += 1
     return tuple(layers)
 

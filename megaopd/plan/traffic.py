@@ -142,7 +142,8 @@ def model_flows(
 def optimizer_flows(work: Workload, stage: int) -> list[Flow]:
     """Gradients and weights over the ranks that share them, once a step."""
     p, world = work.student_parallel, work.world_size
-    params = rank_parameters(work.student, p, world, stage, work.config.student.freeze)
+    its = work.config.student
+    params = rank_parameters(work.student, p, world, stage, its.freeze, its.lora)
     flows = []
     for what, size in (
         ("gradients: reduce-scatter", FP32),

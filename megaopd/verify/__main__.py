@@ -67,6 +67,8 @@ def _agreed(outcome: Outcome) -> Outcome:
     """The first rank's that failed, else our own."""
     import torch.distributed as dist
 
+    if not dist.is_initialized():
+        return outcome
     outcomes: list[Outcome] = [outcome] * dist.get_world_size()
     dist.all_gather_object(outcomes, outcome)
     return next((o for o in outcomes if o.status == "FAIL"), outcome)

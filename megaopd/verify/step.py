@@ -165,7 +165,7 @@ def _sha256(tensor: Tensor) -> str:
 
 
 ON_DEVICES: dict[str, Check] = {
-    "devices": Check(_devices, ("data",)),
+    "devices": Check(_devices, ("data",), collective=True),
     "rollout engine": Check(_engine, ("devices",), collective=True),
     "teacher loads": Check(_teachers, ("devices",), collective=True),
     "teacher beats noise": Check(check_knowledge, ("teacher loads",), collective=True),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megaopd.config import Config, ParallelConfig, TeacherConfig
+from megaopd.config import Config, LoraConfig, ParallelConfig, StudentConfig, TeacherConfig
 from megaopd.errors import ConfigError, MegaOPDError
 from megaopd.models.arch import WindowArch
 from megaopd.plan import cost, memory, traffic
@@ -439,3 +439,21 @@ def test_runs_as_a_module_with_exit_status_2() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: student: no config.json in 'nothing'; give")
     assert done.stdout == ""
+
+
+def test_lora_trains_its_adapters_alone() -> None:
+    arch, lora = find_arch("Qwen3-8B", "student"), LoraConfig(rank=32)
+    # A and B of q, k and v, o, gate and up, down; hidden 4096, KV 1024, feed-forward 12288.
+    widths = (4096 + 4096) + 2 * (4096 + 1024) + (4096 + 4096) + 3 * (4096 + 12288)
+    alone = rank_parameters(arch, ParallelConfig(), 1, 0, (), lora)
+    assert alone.trainable == 36 * 32 * widths == 87_293_952
+    assert alone.numel == total_parameters(arch) + alone.trainable
+    # Tensor parallelism splits the B of what splits outputs, and the A of what splits inputs.
+    split = (4096 + 2048) + 2 * (4096 + 512) + (2048 + 4096) + 2 * (4096 + 6144) + (6144 + 4096)
+    assert rank_parameters(arch, TP2, 2, 0, (), lora).trainable == 36 * 32 * split
+    config = Config(student=StudentConfig(lora=lora), teacher=TeacherConfig(kind="base"))
+    work = replace(workload(TP2, TP2), config=config, teacher=arch)
+    full = replace(work, config=Config(teacher=TeacherConfig(kind="self")))
+    ours, theirs = (memory.plan_memory(w)[0].peak for w in (work, full))
+    # Neither a second copy of 8 billion weights, nor their gradients and state.
+    assert theirs - ours > total_parameters(arch) * 2 / 2
