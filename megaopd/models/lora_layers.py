@@ -28,7 +28,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
@@ -41,6 +40,22 @@ from megaopd.models.lora_spec import AdapterSpec, adapter_name
 
 # Where a linear layer keeps its adapters; part of their names in the model, and in no other name.
 ADAPTERS = "lora_adapters"
+
+
+class _SumGradient(torch.autograd.Function):
+    """x forward, the sum over the group's gradients backward. Megatron's own loses the sum of a
+    gradient that is not contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        total = upstream[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
 
 
 class Adapter(torch.nn.Module):
@@ -130,7 +145,7 @@ class Adapter(torch.nn.Module):
 
     def _communicated(self, h: Tensor) -> Tensor:
         """h = s A x for the tokens of the output, complete."""
-        if self.is_expert:
+        if self.is_expert or self.group.size() == 1:
             return h
         if self.spec.splits_input:
             if self.sequence_parallel:
@@ -138,13 +153,14 @@ class Adapter(torch.nn.Module):
             return reduce_from_tensor_model_parallel_region(h, group=self.group)
         if self.sequence_parallel:
             return gather_from_sequence_parallel_region(h, group=self.group)
-        return copy_to_tensor_model_parallel_region(h, group=self.group)
+        summed: Tensor = _SumGradient.apply(h, self.group)
+        return summed
 
     def _summed(self, param: Tensor, whole: bool) -> Tensor:
         """The parameter; the gradient of an expert's that is whole on every rank is summed over
         them, for each sees a part of it."""
-        if self.is_expert and whole:
-            return copy_to_tensor_model_parallel_region(param, group=self.group)
+        if self.is_expert and whole and self.group.size() > 1:
+            param = _SumGradient.apply(param, self.group)
         return param
 
     def _assembled(self, outputs: dict[str, Tensor], like: Tensor) -> Tensor:
