@@ -238,8 +238,11 @@ class ServerTransport:
             raise update.broken
         pool = engine.pool
         assert pool is not None
-        if _nobody_has_them(pool):
-            why = "; ".join(map(str, update.faults.values())) or "they came back meanwhile"
+        # Those that could not be reached may be dead: the pool finds out, has them restarted, or
+        # ends the run. They get the weights when they are back.
+        refused = [f for f in update.faults.values() if not isinstance(f, ServerDown)]
+        if refused and _nobody_has_them(pool):
+            why = "; ".join(map(str, update.faults.values()))
             raise NoServerTookWeights(
                 "weight sync", f"no server took version {update.version} ({why})", "read their logs"
             )

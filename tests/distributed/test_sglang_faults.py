@@ -7,10 +7,9 @@ import os
 import signal
 import socket
 import stat
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megaopd.batch import Completion, SamplingParams
@@ -31,7 +29,6 @@ from megaopd.rollout.sglang.health import Endpoint
 from megaopd.rollout.sglang.loop import EventLoopThread
 from megaopd.rollout.sglang.pool import Address, ServerPool
 from tests.helpers.fault_proxy import RETRIED, FaultProxy
-from tests.helpers.runs import make_run, metrics_of, run_command
 from tests.helpers.sglang import START_TIMEOUT_S, family_of, http_status, is_alive, make_fleet
 from tests.helpers.tiny_models import TINY_CONFIG, make_tiny_model
 
@@ -316,48 +313,6 @@ def test_when_servers_that_are_not_ours_are_dead_nobody_waits(fleet: ServerFleet
     finally:
         for proxy in proxies:
             proxy.close()
-
-
-def test_a_run_whose_servers_die_ends_with_its_state_saved(
-    model: Path, fleet: ServerFleet, tmp_path: Path
-) -> None:
-    config = make_run(tmp_path)
-    proxies = [FaultProxy(server) for server in fleet.servers]
-    out = tmp_path / "out"
-    words = [
-        *(f"conf={config}", f"student.path={model}", "train.num_steps=1000", "train.export=true"),
-        *("rollout.kind=sglang", f"rollout.urls={[proxy.url for proxy in proxies]}"),
-        *("eval.interval=0", "eval.teacher=false", f"run.dir={out}"),
-    ]
-    keys = {
-        "MEGAOPD_SGLANG_API_KEY": fleet.servers[0].api_key,
-        "MEGAOPD_SGLANG_ADMIN_KEY": fleet.servers[0].admin_key,
-    }
-    command = [sys.executable, "-m", "megaopd.train", *words]
-    try:
-        with ThreadPoolExecutor() as threads:
-            run = threads.submit(run_command, command, START_TIMEOUT_S, **keys)
-            seconds_until(lambda: run.done() or steps_of(out) >= 2, START_TIMEOUT_S)
-            assert not run.done(), run.result().stderr
-            for proxy in proxies:
-                proxy.close()
-            start = time.monotonic()
-            done = run.result()
-            assert time.monotonic() - start < 60
-    finally:
-        for proxy in proxies:
-            proxy.close()
-    assert done.returncode == 7, done.stderr
-    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: rollout servers: all are down")
-    before, after = (load_file(path / "model.safetensors") for path in (model, out / "hf"))
-    assert before.keys() == after.keys()
-    assert any(not torch.equal(before[name], after[name]) for name in before)
-
-
-def steps_of(out: Path) -> int:
-    """Training steps that a run has taken."""
-    return len(metrics_of(out, "loss/divergence")) if (out / "metrics.jsonl").exists() else 0
 
 
 def test_when_all_are_dead_nobody_waits(fleet: ServerFleet) -> None:

@@ -23,6 +23,9 @@ from megaopd.storage.steps import step_directory
 Split = Callable[[Shape], list[tuple[Shape, Shape]]]
 Params = dict[str, tuple[StoredParam, Tensor]]
 
+# Of the tests' models: neither a multiple of what Megatron pads to nor of two.
+VOCAB_SIZE = 301
+
 
 def params_of(hf: Path, vocab_rows: int | None = None) -> Params:
     """Every parameter of a Hugging Face directory, with its place; embedding and head padded."""

@@ -20,10 +20,8 @@ from megaopd.models.families import FAMILIES, OUTPUT_LAYER, hf_shapes, param_map
 from megaopd.models.hf_io import HFReader, check_weights, load_into
 from megaopd.models.mapping import Partition, padded_vocab_size
 from megaopd.storage.manifest import write_manifest
-from tests.helpers.checkpoints import Params, at_random, params_of, write_checkpoint
+from tests.helpers.checkpoints import VOCAB_SIZE, Params, at_random, params_of, write_checkpoint
 from tests.helpers.tiny_models import make_tiny_model
-
-VOCAB_SIZE = 301
 
 
 def assert_same_weights(reader: MegatronReader, hf: Path) -> None:
@@ -54,16 +52,6 @@ def _shards(source: Any, arch: ModelArch, part: Partition) -> dict[str, Tensor]:
     params = {name: torch.full_like(shard, float("nan")) for name, shard in shards.items()}
     load_into(params, arch, source, part)
     return params
-
-
-@pytest.fixture(scope="module")
-def hf(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("hf") / "model", vocab_size=VOCAB_SIZE)
-
-
-@pytest.fixture
-def step(tmp_path, hf):
-    return write_checkpoint(tmp_path / "root", hf, params_of(hf))
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -24,19 +24,7 @@ from megaopd.models.families import EMBEDDING
 from megaopd.models.hf_io import check_weights
 from megaopd.storage.manifest import MANIFEST, write_manifest
 from tests.helpers.checkpoints import params_of, write_checkpoint
-from tests.helpers.tiny_models import edit_config, make_tiny_model
-
-VOCAB_SIZE = 301
-
-
-@pytest.fixture(scope="module")
-def hf(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("hf") / "model", vocab_size=VOCAB_SIZE)
-
-
-@pytest.fixture
-def step(tmp_path, hf):
-    return write_checkpoint(tmp_path / "root", hf, params_of(hf))
+from tests.helpers.tiny_models import edit_config
 
 
 def _rejected(step: Path, error: str, call: Callable[[MegatronReader], Any] | None = None) -> None:

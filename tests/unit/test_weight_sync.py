@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megaopd.config import SGLangConfig
 from megaopd.errors import RolloutError
-from megaopd.rollout.sglang.api import Capabilities, UpdateFailed
+from megaopd.rollout.sglang.api import Capabilities, ServerDown, UpdateFailed
 from megaopd.rollout.sglang.client import ServerClient
 from megaopd.rollout.sglang.engine import SGLangEngine
 from megaopd.rollout.sglang.loop import EventLoopThread
@@ -216,6 +216,21 @@ def test_nobody_takes_it(servers):
         ServerSync().sync(student, engine, 1)
     # The weights of all are in doubt, and nobody samples.
     assert engine.weight_version == -1
+    assert len(engine.pool.stale()) == 2
+    engine.close()
+
+
+def test_servers_that_cannot_be_reached(servers, monkeypatch):
+    """The pool has not seen yet that they are dead: it is asked, and may have them restarted."""
+    engine = make_engine(servers)
+
+    async def unreachable(*args, **kwargs):
+        raise ServerDown("no connection")
+
+    for client in engine.pool.up():
+        monkeypatch.setattr(client, "pause", unreachable)
+    ServerSync().sync(Student(), engine, 3)
+    assert engine.weight_version == engine.pool.version == 3
     assert len(engine.pool.stale()) == 2
     engine.close()
 
