@@ -12,6 +12,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+def implied_end(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]) -> int | None:
+    """The end that a response has when its text shows none: the tokenizer's own end token, or else
+    the first of `stop_token_ids`; None where nothing ends a response."""
+    if tokenizer.eos_token_id in stop_token_ids:
+        return tokenizer.eos_token_id
+    return stop_token_ids[0] if stop_token_ids else None
+
+
 @dataclass(frozen=True)
 class ResponseForm:
     """How the text in a column becomes a response.
@@ -19,7 +27,7 @@ class ResponseForm:
     Attributes:
         column: where the text stands.
         stop_token_ids: the tokens that end a response; one whose last token is none of them gets
-            the tokenizer's own end, or else the first of these.
+            `implied_end`.
         max_tokens: longest response; a longer one is cut, and does not end.
     """
 
@@ -46,7 +54,7 @@ class ResponseForm:
         except UnicodeEncodeError as error:
             raise row.error("half of a surrogate pair", "mend the text's encoding") from error
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        if self.stop_token_ids and (not ids or ids[-1] not in self.stop_token_ids):
-            own = tokenizer.eos_token_id
-            ids.append(own if own in self.stop_token_ids else self.stop_token_ids[0])
+        end = implied_end(tokenizer, self.stop_token_ids)
+        if end is not None and (not ids or ids[-1] not in self.stop_token_ids):
+            ids.append(end)
         return tuple(ids[: self.max_tokens])

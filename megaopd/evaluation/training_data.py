@@ -6,11 +6,15 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from megaopd.data.responses import implied_end
 from megaopd.data.rows import read_rows
-from megaopd.evaluation.scoring import Decoder, EvalRecord
+from megaopd.evaluation.scoring import EvalRecord
 from megaopd.storage.staged_file import staged_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 COLUMN = "response"
 
@@ -20,7 +24,7 @@ def write_responses(
     data: str,
     id_column: str,
     records: Mapping[str, Sequence[EvalRecord]],
-    tokenizer: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
     stop_token_ids: Sequence[int],
     *,
     correct_only: bool,
@@ -62,10 +66,13 @@ def write_responses(
     return became
 
 
-def _text(ids: Sequence[int], tokenizer: Decoder, stop_token_ids: Sequence[int]) -> str:
-    """The response as it was sampled, special tokens and all, without its end: training adds it."""
-    kept = list(ids[:-1] if ids and ids[-1] in stop_token_ids else ids)
-    return tokenizer.decode(kept, skip_special_tokens=False)
+def _text(
+    ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]
+) -> str:
+    """The response as it was sampled, special tokens and all. An end that `ResponseForm` adds by
+    itself is left out; another one, as that of rollout.stop, is text like the rest."""
+    implied = bool(ids) and ids[-1] == implied_end(tokenizer, stop_token_ids)
+    return tokenizer.decode(list(ids[:-1] if implied else ids), skip_special_tokens=False)
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -129,3 +129,20 @@ def test_responses_become_data(tmp_path, correct_only: bool, expected, became):
     again = load_prompts(out, DataConfig(), TOKENIZER, responses=form).responses
     sampled = {r.response_text: r.response_ids for own in RECORDS.values() for r in own}
     assert again == {prompt_id: sampled[text] for prompt_id, text in expected.items()}
+
+
+def test_an_end_of_the_runs_own_stays_one(tmp_path):
+    """A teacher that ended its line is not taught on as one that ended its turn."""
+    (stop,) = ids("\n")
+    stops = (EOS, stop)
+    rows = [{"id": i, "prompt": "x"} for i in "ab"]
+    records = {
+        "a": [EvalRecord("a", "x", None, "A B", (*ids("A B"), stop), True, 1.0, False)],
+        "b": [EvalRecord("b", "x", None, "A B", (*ids("A B"), EOS), True, 1.0, False)],
+    }
+    data, out = write_rows(tmp_path / "asked.jsonl", rows), tmp_path / "train.jsonl"
+    write_responses(out, str(data), "id", records, TOKENIZER, stops, correct_only=False)
+    again = load_prompts(
+        out, DataConfig(), TOKENIZER, responses=ResponseForm("response", stops, 99)
+    ).responses
+    assert again == {name: own[0].response_ids for name, own in records.items()}
