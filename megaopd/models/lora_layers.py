@@ -125,13 +125,15 @@ class Adapter(torch.nn.Module):
         lora_A = torch.cat(
             [self._summed(a, whole=not self.spec.splits_input) for a in self.lora_A.values()]
         )
-        h = self._communicated(F.linear(x, lora_A) * self.scale)
-        by_part = iter(h.split(h.shape[-1] // len(self.lora_A), dim=-1))
+        # As matrices: a part of h is not contiguous, and without a gradient torch multiplies what
+        # has more dims and is not contiguous row by row.
+        h_TR = self._communicated(F.linear(x.flatten(0, -2), lora_A) * self.scale)
+        by_part = iter(h_TR.split(h_TR.shape[1] // len(self.lora_A), dim=1))
         outputs = {
             name: F.linear(next(by_part), self._summed(b, whole=self.spec.splits_input))
             for name, b in self.lora_B.items()
         }
-        return self._assembled(outputs, h)
+        return self._assembled(outputs, h_TR).unflatten(0, (-1, *x.shape[1:-1]))
 
     @torch.no_grad()
     def merged(self) -> Tensor:

@@ -159,7 +159,8 @@ def test_one_of_the_layers_that_are_fused(chosen: str) -> None:
     expected = F.linear(x, _by_hand(adapter, "qkv", lora))
     torch.testing.assert_close(layer(x)[0], expected, rtol=1e-4, atol=1e-4)
     for part, before in zip(
-        QKV_LAYOUT.export([layer(x)[0].t()]), QKV_LAYOUT.export([(x @ layer.weight.t()).t()]),
+        QKV_LAYOUT.export([layer(x)[0].t()]),
+        QKV_LAYOUT.export([(x @ layer.weight.t()).t()]),
         strict=True,
     ):
         same = torch.allclose(part, before)
@@ -199,9 +200,7 @@ def test_experts_in_one_layer() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_names_and_shapes_are_those_of_transformers_layers(
-    family: str, tmp_path: Path
-) -> None:
+def test_the_names_and_shapes_are_those_of_transformers_layers(family: str, tmp_path: Path) -> None:
     make_tiny_model(tmp_path, family, seed=0)
     arch, lora = read_arch(tmp_path), LoraConfig(rank=RANK)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
