@@ -121,7 +121,7 @@ def _two_ranks(rank: int, world_size: int, folder: Path) -> dict[str, dict[str, 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("objectives")
-    make_models(path)
+    make_models(path, HEAD)
     return path
 
 

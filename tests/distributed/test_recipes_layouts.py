@@ -17,10 +17,10 @@ from megaopd.batch import Sample
 from megaopd.config import Config, CreditConfig, LossConfig, LossStage, ParallelConfig
 from megaopd.credit import CreditAssignment
 from megaopd.data.packing import with_credit
+from tests.distributed.test_layout_gradients import full_gradients
 from tests.distributed.workbench import (
     SAMPLES,
     Workbench,
-    full_gradients,
     make_models,
     token_weights,
     with_layout,
@@ -107,7 +107,7 @@ def _two_ranks(rank: int, world_size: int, folder: Path) -> dict[str, dict[str, 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("recipes")
-    make_models(path)
+    make_models(path, HEAD)
     return path
 
 

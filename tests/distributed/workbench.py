@@ -42,9 +42,11 @@ TIED = ("tied", "windows")
 Gradients = dict[str, Tensor]
 
 
-def make_models(folder: Path) -> None:
-    """A student and a teacher for each kind of head, where `Workbench.config` looks for them."""
-    for head, family in FAMILIES_BY_HEAD.items():
+def make_models(folder: Path, *heads: str) -> None:
+    """A student and a teacher for each kind of head, or for these, where `Workbench.config` looks
+    for them."""
+    for head in heads or FAMILIES_BY_HEAD:
+        family = FAMILIES_BY_HEAD[head]
         sizes = {"vocab_size": VOCAB_SIZE, "tie_word_embeddings": head in TIED}
         make_tiny_model(folder / f"{head}_student", family, seed=2, num_hidden_layers=2, **sizes)
         make_tiny_model(folder / f"{head}_teacher", family, seed=1, **sizes)
