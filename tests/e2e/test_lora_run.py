@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 
 LORA = ("student.lora.rank=4", "student.lora.alpha=8", "optimizer.lr=1e-2")
 BASE = ("teacher.kind=base", "teacher.path=", "data.teacher_prompt_column=hint")
+TP2_SP = ("parallel.tensor=2", "parallel.sequence_parallel=true")
 STEPS = 3
 
 
@@ -57,7 +58,7 @@ def test_one_set_of_weights_is_student_and_teacher(config: Path) -> None:
     replay = ("rollout.kind=recorded", f"rollout.path={rollouts}", "data.eval=")
     copied = _run(config, "copied", 1, *words, "teacher.kind=self", *replay)
     layouts = [
-        _run(config, "tp2_sp", 2, *words, *replay, "parallel=tp2_sp", "train.offload=true"),
+        _run(config, "tp2_sp", 2, *words, *replay, *TP2_SP, "train.offload=true"),
         _run(config, "pp2", 2, *words, *replay, "parallel.pipeline=2"),
     ]
     wanted = metrics_of(one, "train/grad_norm")
@@ -111,15 +112,17 @@ def test_an_average_of_one_teacher_twice_is_that_teacher(config: Path) -> None:
     make_tiny_model(folder / "other", "LlamaForCausalLM", seed=5, vocab_size=509, hidden_size=32)
 
     def members(a: str, b: str) -> tuple[str, ...]:
-        paths = f"+teachers={{a: {{path: {folder}/{a}, dtype: fp32}}, b: {{path: {folder}/{b}, "
-        average = "teacher={kind: average, path: '', dtype: fp32, members: [a, b]}"
-        return (paths + "dtype: fp32}}", average)
+        named = (("a", a), ("b", b))
+        paths = [f"teachers.{name}.path={folder}/{path}" for name, path in named]
+        dtypes = [f"teachers.{name}.dtype=fp32" for name, _ in named]
+        average = ("teacher.kind=average", "teacher.path=", "teacher.members=[a,b]")
+        return (*paths, *dtypes, *average)
 
     twice = _run(config, "twice", 2, *common, *replay, *members("teacher", "teacher"))
     mixed = _run(config, "mixed", 1, *common, *replay, *members("teacher", "other"))
     split = _run(
         *(config, "split", 2, *common, *replay, *members("teacher", "other")),
-        *("parallel.tensor=2", "+teachers.b.parallel.pipeline=2"),
+        *("parallel.tensor=2", "teachers.b.parallel.pipeline=2"),
     )
     wanted = metrics_of(alone, "loss/divergence")
     assert metrics_of(twice, "loss/divergence") == pytest.approx(wanted, rel=1e-5)
