@@ -39,7 +39,7 @@ RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
 
 @dataclass(frozen=True)
 class Process:
-    """This process among those that evaluate together; see `train_rollout.World`."""
+    """This process among those that evaluate together; see `train_servers.World`."""
 
     rank: int
     world_size: int

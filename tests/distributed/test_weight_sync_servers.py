@@ -21,7 +21,7 @@ from megaopd.config import Config
 from megaopd.rollout.sglang.engine import SGLangEngine
 from megaopd.rollout.sglang.fleet import ServerFleet
 from megaopd.rollout.sglang.pool import Address
-from megaopd.train_rollout import TRANSPORTS
+from megaopd.train_servers import TRANSPORTS
 from megaopd.weight_sync.servers import ServerSync
 from megaopd.weight_sync.transport import NoServerTookWeights
 from tests.helpers.distributed import run_distributed

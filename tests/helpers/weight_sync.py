@@ -15,7 +15,7 @@ from megaopd.batch import Sample
 from megaopd.config import Config, ParallelConfig, RolloutConfig, SGLangConfig
 from megaopd.data.packing import pack
 from megaopd.rollout.sglang.engine import SGLangEngine
-from megaopd.train_rollout import TRANSPORTS
+from megaopd.train_servers import TRANSPORTS
 from tests.helpers.engine_contract import VOCAB
 from tests.helpers.fault_proxy import FAULTS, FaultProxy
 

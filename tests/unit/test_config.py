@@ -29,7 +29,8 @@ from megaopd.config import (
 from megaopd.config_schema import build, field_docs, paths, section_of, to_markdown
 from megaopd.config_servers import check_local
 from megaopd.errors import ConfigError
-from megaopd.train_rollout import ENGINES, TRANSPORTS
+from megaopd.train_rollout import ENGINES
+from megaopd.train_servers import TRANSPORTS
 from megaopd.train_teachers import TEACHERS
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -36,7 +36,7 @@ LAYERS = (
     ("checkpoint",),
     ("engine", "trainer", "inputs", "summary", "plan"),
     ("teacher", "convert"),
-    ("train train_loop train_rollout train_teachers evaluation.cli",),
+    ("train train_loop train_rollout train_servers train_teachers evaluation.cli",),
     ("verify",),
 )
 

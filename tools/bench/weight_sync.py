@@ -37,7 +37,7 @@ from megaopd.rollout.sglang.engine import PendingSamples, SGLangEngine
 from megaopd.rollout.sglang.flags import ServerSpec
 from megaopd.rollout.sglang.fleet import ServerFleet
 from megaopd.rollout.sglang.server import SGLangServer
-from megaopd.train_rollout import TRANSPORTS
+from megaopd.train_servers import TRANSPORTS
 from megaopd.weight_sync.servers import ServerSync
 
 ROOT = Path(__file__).resolve().parents[2]
