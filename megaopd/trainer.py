@@ -13,7 +13,7 @@ from megaopd.config import Config
 from megaopd.credit import CreditAssignment
 from megaopd.data.packing import Batching, with_credit
 from megaopd.data.prompts import PromptStream
-from megaopd.errors import NumericError, RolloutError
+from megaopd.errors import NumericError
 from megaopd.evaluation import EvalResult, eval_metrics, nothing_sampled
 from megaopd.logger import get_logger
 from megaopd.losses.objective import needs_teacher
@@ -27,6 +27,7 @@ from megaopd.protocols import (
     WeightSync,
 )
 from megaopd.rollout.mixture import mixture_metrics
+from megaopd.rollout.staleness import staleness
 
 logger = get_logger(__name__)
 
@@ -49,13 +50,14 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a finished run amounts to; `before` and `after` are None without evaluation prompts."""
+    """What a finished run amounts to; `before` and `after` are None without evaluation prompts,
+    `mismatch_kl_max` where no token of the student's own was trained on."""
 
     before: Evaluation | None
     after: Evaluation | None
     num_steps: int
     train_wall_s: float
-    mismatch_kl_max: float
+    mismatch_kl_max: float | None
 
 
 class OPDTrainer:
@@ -118,10 +120,14 @@ class OPDTrainer:
         self._asks_teacher = needs_teacher(config.loss) or (
             credit is not None and credit.needs_scores
         )
+        # Where others write all responses, the engine needs its weights for evaluations alone.
+        mixture = config.rollout.mixture
+        self._asks_student = mixture is None or mixture.on_policy > 0
+        self._engine_is_behind = False
         self.start_rollout: StartRollout = start_rollout or (
             lambda step, prompts, params: engine.start(prompts, params)
         )
-        self.mismatch_kl_max = 0.0
+        self.mismatch_kl_max: float | None = None
         self._skipped_in_a_row = 0
         # Of this step and those after it, in order.
         self._rollouts: deque[tuple[list[Prompt], PendingRollout]] = deque()
@@ -151,12 +157,17 @@ class OPDTrainer:
         timer = PhaseTimer()
         with timer.phase("rollout"), self.student.off_device():
             self._start_rollouts(step)
-            prompts, rollout = self._rollouts.popleft()
-            samples = rollout.result()
-        rollout_metrics = self._staleness(step, samples)
-        if any(s.source == "student" for s in samples):
-            rollout_metrics |= self.engine.metrics
-        rollout_metrics |= mixture_metrics(prompts, samples)
+            prompts, pending = self._rollouts.popleft()
+            samples = pending.result()
+        if not samples:
+            raise nothing_sampled(f"step {step}")
+        rollout_metrics = mixture_metrics(prompts, samples)
+        own = [sample for sample in samples if sample.source == "student"]
+        if own:
+            version, rollout = self.engine.weight_version, self.config.rollout
+            # A recording holds what other weights sampled; its versions are those of its own run.
+            bound = None if rollout.kind == "recorded" else rollout.max_staleness
+            rollout_metrics |= staleness(own, version, bound) | self.engine.metrics
         if self.record is not None:
             self.record(step, prompts, samples)
         with timer.phase("pack"):
@@ -172,8 +183,9 @@ class OPDTrainer:
         with timer.phase("weight_sync"):
             if not result.skipped:
                 self.teacher.follow(self.student)
-                version = self.engine.weight_version + 1
-                self.weight_sync.sync(self.student, self.engine, version)
+                self._engine_is_behind = True
+                if self._asks_student:
+                    self._sync()
 
         utilisation = self.batching.utilisation(samples, assignment)
         self._log_step(
@@ -190,6 +202,11 @@ class OPDTrainer:
         )
         self._check_finite(step, samples, result)
         return result
+
+    def _sync(self) -> None:
+        """Brings the student's weights to the engine."""
+        self.weight_sync.sync(self.student, self.engine, self.engine.weight_version + 1)
+        self._engine_is_behind = False
 
     def _worth(
         self,
@@ -218,29 +235,6 @@ class OPDTrainer:
             params = self._seeded("train", number)
             self._rollouts.append((prompts, self.start_rollout(number, prompts, params)))
 
-    def _staleness(self, step: int, samples: Sequence[Sample]) -> dict[str, float]:
-        """How many updates older than the weights that they train the student's tokens are.
-
-        Raises:
-            RolloutError: a sample is older than `rollout.max_staleness` or newer than our weights,
-                or there is none.
-        """
-        if not samples:
-            raise nothing_sampled(f"step {step}")
-        samples = [sample for sample in samples if sample.source == "student"]
-        if not samples:
-            return {}
-        version, bound = self.engine.weight_version, self.config.rollout.max_staleness
-        # A recording holds what other weights sampled; its versions are those of its own run.
-        if self.config.rollout.kind != "recorded":
-            for sample in samples:
-                _check_versions(sample, version, bound)
-        behind = [version - v for s in samples for v in s.model_token_versions]
-        return {
-            "rollout/staleness_mean": sum(behind) / max(len(behind), 1),
-            "rollout/staleness_max": float(max(behind, default=0)),
-        }
-
     def evaluate(self, step: int) -> Evaluation | None:
         """Accuracy and reverse KL on the held-out prompts."""
         if self.evaluator is None:
@@ -249,6 +243,8 @@ class OPDTrainer:
         with timer.phase("eval"):
             # The same random numbers at every evaluation: what differs is the student.
             sampling = replace(self._seeded("eval", 0), n=1)
+            if self._engine_is_behind:
+                self._sync()
             with self.student.off_device():
                 answers = self.evaluator(self.engine)
                 samples = self.engine.generate(self.eval_prompts, sampling)
@@ -284,8 +280,8 @@ class OPDTrainer:
         timer: PhaseTimer,
         of_parts: Mapping[str, float],
     ) -> None:
-        mismatch_kl = result.metrics.get("rollout/mismatch_kl", 0.0)
-        self.mismatch_kl_max = max(self.mismatch_kl_max, mismatch_kl)
+        if (mismatch_kl := result.metrics.get("rollout/mismatch_kl")) is not None:
+            self.mismatch_kl_max = max(self.mismatch_kl_max or 0.0, mismatch_kl)
         lengths = [len(s.response_ids) for s in samples]
         num_tokens = sum(len(s.prompt.token_ids) + len(s.response_ids) for s in samples)
         self.metrics.write(
@@ -321,22 +317,3 @@ class OPDTrainer:
                 f"last with samples {', '.join(ids[:8])}",
                 "lower optimizer.lr, or look at these samples and at the teacher's weights",
             )
-
-
-def _check_versions(sample: Sample, version: int, bound: int) -> None:
-    """Raises RolloutError unless weights of at most `bound` updates before `version` sampled it."""
-    versions = sample.model_token_versions or [version]
-    oldest, newest = min(versions), max(versions)
-    if version - oldest > bound:
-        raise RolloutError(
-            f"sample {sample.sample_id}",
-            f"weights of version {oldest} sampled it, those of version {version} would train on "
-            f"it, and rollout.max_staleness is {bound}",
-            "a server missed a weight update: restart it",
-        )
-    if newest > version:
-        raise RolloutError(
-            f"sample {sample.sample_id}",
-            f"weights of version {newest} sampled it, and ours are of version {version}",
-            "another run updates the same server: give this one servers of its own",
-        )

@@ -331,7 +331,8 @@ def _sum_outputs(
         # Tokens of others than the student have no mismatch: without its own there is none.
         if holders and (count or name != "rollout/mismatch_kl" or not num_tokens)
     }
-    metrics["rollout/mismatch_max"] = float(largest)
+    if "rollout/mismatch_kl" in metrics:
+        metrics["rollout/mismatch_max"] = float(largest)
     bad_ids: tuple[str, ...] = ()
     if num_bad:
         mine = [

@@ -8,12 +8,13 @@ from functools import partial
 import pytest
 
 from megaopd.batch import Prompt, SamplingParams
-from megaopd.config import Config, ParallelConfig, RolloutConfig, TrainConfig
+from megaopd.config import Config, MixtureConfig, ParallelConfig, RolloutConfig, TrainConfig
 from megaopd.data.packing import Batching, Packing
 from megaopd.data.prompts import PromptStream
 from megaopd.errors import NumericError, RolloutError
 from megaopd.evaluation import evaluate
 from megaopd.parallel.layout import Layout
+from megaopd.rollout.mixture import MixedRollout
 from megaopd.trainer import OPDTrainer
 from megaopd.weight_sync.in_process import InProcessSync
 from tests.helpers.background_engine import BackgroundEngine, ListedStudent, Rows, SilentTeacher
@@ -254,6 +255,23 @@ def test_steps_whose_samples_others_wrote():
     assert len(trainer.metrics.of("rollout/staleness_mean")) == 2
     assert trainer.metrics.of("rollout/set_aside") == [0] * NUM_STEPS
     assert {s.source for _, _, samples in recorded for s in samples} == {"data", "student"}
+
+
+def test_weights_travel_only_where_the_student_is_asked():
+    """Training on others' responses, the engine has new weights for its evaluations alone."""
+    mixture = MixtureConfig(on_policy=0.0)
+    trainer, _ = make_trainer(0, evaluated=True, mixture=mixture)
+    trainer.config = replace(trainer.config, eval=replace(trainer.config.eval, interval=2))
+    author = BackgroundEngine()
+
+    def start(step, prompts, params):
+        whose = dict.fromkeys((p.prompt_id for p in prompts), "teacher")
+        return MixedRollout(tuple(prompts), whose, [author.start(prompts, params)], [])
+
+    trainer.start_rollout = start
+    trainer.fit()
+    events = "".join({"load": "L", "start": "e"}[name] for name, _ in trainer.engine.events)
+    assert events == "Lee" * 3  # before the first step, after the second and the last
 
 
 def test_the_figures_of_a_run():
