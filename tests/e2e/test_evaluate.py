@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.processes import run_module
-from tests.helpers.runs import ROOT, make_run, metrics_of, run_training
+from tests.helpers.runs import make_run, metrics_of, run_training
 from tests.helpers.tiny_models import make_tiny_model
 
 pytestmark = pytest.mark.slow
@@ -47,23 +43,14 @@ def test_killed_and_started_again(arguments, whole, tmp_path):
     """SIGKILL while it answers, twice: the files are those of one that ran through."""
     out = tmp_path / "out"
     journal = out / "p.responses.jsonl"
-    command = [sys.executable, "tools/evaluate.py", *arguments, "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    kills = 0
     for _ in range(2):
-        before = _num_lines(journal)
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        enough = max(_num_lines(journal), 1) + 3
+        done = run_module(
+            "tools.evaluate",
+            [*arguments, "--out", str(out)],
+            kill_when=lambda enough=enough: _num_lines(journal) >= enough,
         )
-        deadline = time.monotonic() + 120
-        while process.poll() is None and _num_lines(journal) < max(before, 1) + 3:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-        process.wait()
-    assert kills == 2
+        assert done.returncode == -signal.SIGKILL, done.stderr
     assert 1 < _num_lines(journal) < 1 + NUM_PROMPTS
     assert not (out / "results.json").exists()
     results, content = whole

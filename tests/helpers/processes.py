@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,20 @@ def process_context() -> Any:
 
 
 def run_module(
-    module: str, argv: Sequence[str], num_ranks: int = 1, timeout_s: float = 60, **env: str
+    module: str,
+    argv: Sequence[str],
+    num_ranks: int = 1,
+    timeout_s: float = 60,
+    kill_when: Callable[[], bool] | None = None,
+    **env: str,
 ) -> subprocess.CompletedProcess[str]:
     """`python -m module argv` from the repository's root; with `num_ranks` above 1 that many of
     them, with the environment that torchrun gives to its ranks.
 
     Nothing of it outlives the call: each rank has a process group of its own, which is killed.
+
+    Args:
+        kill_when: asked every few milliseconds; once it holds, SIGKILL ends all ranks.
 
     Returns:
         what all ranks wrote, and the status of the one that failed first, or 0.
@@ -67,6 +75,8 @@ def run_module(
                 )
                 process.start()
                 processes.append(process)
+            if kill_when is not None:
+                _kill_when(kill_when, processes, deadline)
             status = _wait_for(processes, deadline)
         finally:
             for process in processes:
@@ -75,6 +85,15 @@ def run_module(
     if status is None:
         raise subprocess.TimeoutExpired([module, *argv], timeout_s, out, err)
     return subprocess.CompletedProcess([module, *argv], status, out, err)
+
+
+def _kill_when(holds: Callable[[], bool], processes: Sequence[Any], deadline: float) -> None:
+    while not holds():
+        if not all(process.is_alive() for process in processes) or time.monotonic() > deadline:
+            return
+        time.sleep(0.005)
+    for process in processes:
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _wait_for(processes: Sequence[Any], deadline: float) -> int | None:
