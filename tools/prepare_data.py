@@ -17,7 +17,7 @@ from megaopd.data import reasoning_gym
 from megaopd.data.preparation import Form, convert, prepare
 from megaopd.data.rows import num_rows
 from megaopd.data.sources import INSTRUCTIONS, SOURCES, Columns
-from megaopd.errors import run_cli
+from megaopd.errors import ConfigError, run_cli
 from megaopd.rewards import REWARDS
 
 EPILOG = """\
@@ -28,7 +28,7 @@ what comes out
                         data.eval take it as it is.
   OUT.dropped.jsonl     a line for every row that was left out, with the row and the reason; no file
                         where there is none. The same prompt a second time is left out, and so is
-                        one that is in a file of --against.
+                        one that is in a file of --against, or shares --ngram words with one.
   A row that cannot be understood ends it with one line and exit status 3; --on-bad drop lists it.
 
 examples
@@ -98,6 +98,13 @@ def _add_common(kind: argparse.ArgumentParser, instruction: str) -> None:
         help="a prompt file whose prompts must not be in this one; may be given again",
     )
     kind.add_argument(
+        "--ngram",
+        type=int,
+        default=0,
+        metavar="N",
+        help="nor may N words in a row of them: 13, say (default: whole prompts are compared)",
+    )
+    kind.add_argument(
         "--instruction",
         choices=list(INSTRUCTIONS),
         default=instruction,
@@ -127,6 +134,9 @@ def _with_bar(rows: Iterable[Any], total: int | None) -> Iterator[Any]:
 
 def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
+    if args.ngram and (args.ngram < 0 or not args.against):
+        found = f"found {args.ngram}" if args.against else "given without --against"
+        raise ConfigError("--ngram", found, "give a number of words, and the files to compare with")
     if args.kind == "reasoning_gym":
         sizes = reasoning_gym.task_sizes(args.task, args.size)
         rows = reasoning_gym.generate(sizes, args.seed, REWARDS["reasoning_gym"])
@@ -149,6 +159,7 @@ def main(argv: list[str]) -> None:
         form,
         args.out,
         against=args.against,
+        ngram=args.ngram,
         on_bad=args.on_bad,
         overwrite=args.overwrite,
     )

@@ -7,10 +7,7 @@ reason.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -19,8 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from megaopd.data.overlap import OtherPrompts, fingerprint
 from megaopd.data.rows import DROPPED_SUFFIX, Row, read_rows
-from megaopd.data.sources import SOURCES, Columns, Example, Message, ask, bare
+from megaopd.data.sources import SOURCES, Columns, Example, Message, ask
 from megaopd.errors import DataError
 from megaopd.storage.staged_file import staged_file
 
@@ -29,7 +27,6 @@ Converted = tuple[Row, Example | DataError]
 
 DUPLICATE = "duplicate"
 OTHER_ANSWER = "duplicate with another answer"
-OVERLAP = "in"
 UNREADABLE = "unreadable"
 
 
@@ -59,8 +56,11 @@ class Form:
         """What the model is asked.
 
         Raises:
-            DataError: a conversation or a system message, and `text`.
+            DataError: a conversation or a system message, and `text`; no response where the form
+                has one.
         """
+        if self.responses and not example.response:
+            raise DataError(where, "no response of its own", "leave out --responses")
         problem = example.problem
         if isinstance(problem, str):
             messages = [{"role": "user", "content": ask(problem, self.instruction)}]
@@ -144,6 +144,7 @@ def prepare(
     out: str | Path,
     *,
     against: Sequence[str | Path] = (),
+    ngram: int = 0,
     on_bad: Literal["stop", "drop"] = "stop",
     overwrite: bool = False,
 ) -> Preparation:
@@ -153,6 +154,7 @@ def prepare(
 
     Args:
         against: prompt files whose prompts must not be in this one, such as an evaluation's.
+        ngram: words in a row that a prompt must not share with one of these; see `OtherPrompts`.
         on_bad: what a row that cannot be understood does: end it all, or be left out.
         overwrite: replace the file.
 
@@ -163,7 +165,7 @@ def prepare(
     out = Path(out)
     done = Preparation(out)
     beside = out.with_name(out.name + DROPPED_SUFFIX)
-    others = _fingerprints(against)
+    others = OtherPrompts(against, ngram)
     seen: dict[bytes, tuple[str, str | None]] = {}
     ids: set[str] = set()
     with ExitStack() as stack:
@@ -181,23 +183,20 @@ def prepare(
 
         for row, example in converted:
             done.rows += 1
-            if isinstance(example, DataError):
-                if on_bad == "stop":
+            try:
+                if isinstance(example, DataError):
                     raise example
-                drop(row, UNREADABLE, error=str(example))
-                continue
-            if form.responses and not example.response:
-                error = row.error("no response of its own", "leave out --responses")
+                prompt = form.prompt(example, row.where)
+            except DataError as error:
                 if on_bad == "stop":
-                    raise error
+                    raise
                 drop(row, UNREADABLE, error=str(error))
                 continue
-            prompt = form.prompt(example, row.where)
-            key = fingerprint(prompt)
-            if key in others:
-                file, where = others[key]
-                drop(row, f"{OVERLAP} {file}", of=where)
+            if found := others.find(prompt):
+                how, file, where = found
+                drop(row, f"{how} {file}", of=where)
                 continue
+            key = fingerprint(prompt)
             if key in seen:
                 first, answer = seen[key]
                 same = answer == example.answer
@@ -221,45 +220,6 @@ def prepare(
     else:
         beside.unlink()
     return done
-
-
-def fingerprint(prompt: str | Sequence[Message]) -> bytes:
-    """The same for prompts that ask the same: SHA-256 of the text without our instructions, system
-    messages, dollar signs and LaTeX spacing, with white space made single and Unicode composed.
-
-    Upper and lower case, digits and signs all count: a problem with other numbers is another one.
-    """
-    if isinstance(prompt, str):
-        texts = [prompt]
-    else:
-        texts = [m["content"] for m in prompt if m["role"] != "system"]
-    text = unicodedata.normalize("NFC", "\n".join(bare(text) for text in texts))
-    text = " ".join(re.sub(r"\\[,;:! ]", " ", text.replace("$", "")).split())
-    return hashlib.sha256(text.encode(errors="replace")).digest()
-
-
-def _fingerprints(paths: Iterable[str | Path]) -> dict[bytes, tuple[str, str]]:
-    """Fingerprint -> (file, row) of the prompts in prompt files."""
-    found: dict[bytes, tuple[str, str]] = {}
-    for path in paths:
-        for row in read_rows(path):
-            prompt = row.get("prompt")
-            well_formed = isinstance(prompt, str) or (
-                isinstance(prompt, list)
-                and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in prompt)
-            )
-            if not well_formed:
-                raise row.error(
-                    "no prompt in column 'prompt'",
-                    "--against takes prompt files; prepare this one first",
-                )
-            key = fingerprint(
-                prompt
-                if isinstance(prompt, str)
-                else [{"role": str(m.get("role")), "content": m["content"]} for m in prompt]
-            )
-            found.setdefault(key, (str(path), row.where))
-    return found
 
 
 def _unique_id(name: str, example: Example, row: Row, taken: set[str]) -> str:

@@ -57,4 +57,6 @@ class ResponseForm:
         end = implied_end(tokenizer, self.stop_token_ids)
         if end is not None and (not ids or ids[-1] not in self.stop_token_ids):
             ids.append(end)
+        if not ids:
+            raise row.error(f"column {self.column!r} has no tokens", "write the response as text")
         return tuple(ids[: self.max_tokens])

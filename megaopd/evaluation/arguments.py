@@ -133,6 +133,12 @@ def check(args: argparse.Namespace) -> tuple[int, ...]:
             "given with several --data or another --instruction",
             "ask one file, as it is written",
         )
+    if args.responses and args.responses.suffix in (".parquet", ".pq"):
+        raise ConfigError(
+            "--responses", f"{args.responses}, and JSON lines are written", "name it .jsonl"
+        )
+    if args.responses and args.responses.resolve() in {Path(p).resolve() for p in args.data}:
+        raise ConfigError("--responses", f"{args.responses} is what is asked", "name another file")
     if args.engine == "embedded" and args.url:
         raise ConfigError("--url", "given, and --engine is embedded", "set --engine sglang")
     try:

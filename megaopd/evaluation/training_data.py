@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megaopd.data.responses import implied_end
 from megaopd.data.rows import read_rows
+from megaopd.errors import DataError
 from megaopd.evaluation.scoring import EvalRecord
 from megaopd.storage.staged_file import staged_file
 
@@ -43,6 +44,7 @@ def write_responses(
         what became of the rows: `written`, or why not.
 
     Raises:
+        DataError: no row has a response to write; `out` is left as it was.
         MegaOPDError: the prompt file cannot be read any more, or `out` not written.
     """
     became: Counter[str] = Counter()
@@ -63,6 +65,9 @@ def write_responses(
             became["written"] += 1
             text = _text(good[0].response_ids, tokenizer, stop_token_ids)
             file.write(json.dumps({**_plain(row.values), COLUMN: text}, default=str) + "\n")
+        if not became["written"]:
+            found = ", ".join(f"{num} {why}" for why, num in became.items() if num)
+            raise DataError(str(out), f"no response to write: {found}", "raise --n")
     return became
 
 

@@ -146,3 +146,11 @@ def test_an_end_of_the_runs_own_stays_one(tmp_path):
         out, DataConfig(), TOKENIZER, responses=ResponseForm("response", stops, 99)
     ).responses
     assert again == {name: own[0].response_ids for name, own in records.items()}
+
+
+def test_nothing_to_train_on_leaves_the_file_as_it_was(tmp_path):
+    data, out = write_rows(tmp_path / "asked.jsonl", [{"id": "c", "prompt": "x"}]), tmp_path / "t"
+    out.write_text("before")
+    with pytest.raises(DataError, match="no response to write: 1 none came to an end; raise --n"):
+        write_responses(out, str(data), "id", RECORDS, TOKENIZER, (EOS,), correct_only=False)
+    assert out.read_text() == "before"

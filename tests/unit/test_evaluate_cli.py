@@ -203,6 +203,8 @@ def test_files_of_one_name(model, data, tmp_path):
         ("--max-new-tokens 512", "--max-new-tokens: 512 leave no room for a prompt"),
         ("--correct-only", "--correct-only: given without --responses"),
         ("--responses a.jsonl --instruction boxed", "--responses: given with several --data or an"),
+        ("--responses a.parquet", "--responses: a.parquet, and JSON lines are written"),
+        ("--responses {data}", "--responses: .* is what is asked; name another file"),
         ("--reward mth", "--reward: no 'mth'; did you mean math"),
         ("--thinking on", "data.enable_thinking: true, and the tokenizer's chat template"),
         ("--stop two", "rollout.stop: 'two' is"),
@@ -214,7 +216,7 @@ def test_files_of_one_name(model, data, tmp_path):
 )
 def test_arguments_that_make_no_sense(model, data, tmp_path, words: str, message: str):
     with pytest.raises(MegaOPDError, match=message):
-        run(model, data, tmp_path / "out", *words.split())
+        run(model, data, tmp_path / "out", *words.format(data=data).split())
     assert not (tmp_path / "out").exists()
 
 

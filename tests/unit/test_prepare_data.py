@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from megaopd.data.answers import final_answer, last_boxed, plain_number
-from megaopd.data.preparation import Form, fingerprint, prepare
+from megaopd.data.overlap import OtherPrompts, fingerprint
+from megaopd.data.preparation import Form, prepare
 from megaopd.data.rows import read_rows
 from megaopd.data.sources import INSTRUCTIONS, SOURCES, Example, ask, bare
 from megaopd.errors import ConfigError, DataError, EnvironmentFault
@@ -287,8 +288,11 @@ def test_the_form_of_prompts_is_a_matter_of_options(tmp_path: Path) -> None:
     }
     (found,) = run(tmp_path / "b.parquet", "gsm8k", "--in", file, "--text", "--instruction", "none")
     assert found["prompt"] == "Q?"
+    words = ["gsm8k", "--in", file, "--text", "--system", "S"]
     with pytest.raises(DataError, match=r"in\.jsonl:1: 2 messages, and plain text is asked for"):
-        run(tmp_path / "c.jsonl", "gsm8k", "--in", file, "--text", "--system", "S")
+        run(tmp_path / "c.jsonl", *words)
+    with pytest.raises(DataError, match="no prompt left of 1 rows"):
+        run(tmp_path / "c.jsonl", *words, "--on-bad", "drop")
 
 
 def test_ids_stay_unique(tmp_path: Path) -> None:
@@ -335,6 +339,30 @@ def test_prompts_that_ask_the_same(one: str, two: str) -> None:
 @pytest.mark.parametrize(("one", "two"), OTHER)
 def test_prompts_that_do_not(one: str, two: str) -> None:
     assert fingerprint(one) != fingerprint(two)
+
+
+def test_words_in_a_row_are_found(tmp_path: Path) -> None:
+    """A problem that is quoted within another, or ends otherwise, is one of the other file's."""
+    theirs = "A train leaves at 8:00, drives 60 km/h. How far is it at ten?"
+    path = write_rows(tmp_path / "eval.jsonl", [{"prompt": theirs}, {"prompt": "Short?"}])
+    others = OtherPrompts([path], ngram=8)
+    quoted = f"Solve: {theirs.replace(',', ' -').upper()} And then?"
+    assert others.find(quoted) == ("overlaps with", str(path), f"{path}:1")
+    assert others.find(theirs) == ("in", str(path), f"{path}:1")
+    assert others.find("A train leaves at 8:00, drives 61 km/h.") is None  # 7 words, and another
+    assert others.find("So short? Short?") is None
+    assert OtherPrompts([path]).find(quoted) is None
+
+    rows = [{"question": q, "answer": "#### 1"} for q in (quoted, theirs, "Another one?")]
+    file = write_rows(tmp_path / "in.jsonl", rows)
+    out = tmp_path / "out.jsonl"
+    found = run(out, "gsm8k", "--in", file, "--against", path, "--ngram", "8")
+    assert [row["id"] for row in found] == ["gsm8k-3"]
+    dropped = read_json_lines(tmp_path / "out.jsonl.dropped.jsonl")
+    assert [row["reason"] for row in dropped] == [f"overlaps with {path}", f"in {path}"]
+    for words in (["--ngram", "8"], ["--against", path, "--ngram", "-1"]):
+        with pytest.raises(ConfigError, match="--ngram: "):
+            run(out, "gsm8k", "--in", file, *words)
 
 
 ANSWERS = [
