@@ -84,6 +84,13 @@ def main(argv: list[str]) -> None:
     summary = json.loads(summary_path.read_text())
     if summary["hf_export"] is None:
         raise CheckpointError(str(run), "the run exported nothing", "run it with train.export=true")
+    if summary["eval_temperature"] > 0:
+        raise CheckpointError(
+            str(run),
+            f"its evaluations sample at temperature {summary['eval_temperature']:g}, and what is "
+            "compared are greedy answers",
+            "run it with eval.temperature=0 eval.n=1, or compare with tools/evaluate.py",
+        )
     answers = [json.loads(line) for line in answers_path.read_text().splitlines()][: args.prompts]
 
     export = Export(summary["hf_export"], summary["stop_token_ids"])

@@ -39,6 +39,10 @@ def test_no_run_and_no_export(tmp_path):
     (tmp_path / "eval_after.jsonl").write_text("")
     with pytest.raises(CheckpointError, match=r"exported nothing; run it with train.export=true"):
         main([str(tmp_path)])
+    summary = {"hf_export": "hf", "eval_temperature": 0.6}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(CheckpointError, match=r"sample at temperature 0.6, .*; run it with eval\.t"):
+        main([str(tmp_path)])
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
