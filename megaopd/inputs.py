@@ -23,6 +23,8 @@ class Inputs:
 
     Attributes:
         teacher_archs: by the name that `Prompt.teacher` holds; the empty one is `teacher`'s.
+        num_overlong: training prompts that are longer than data.max_prompt_tokens, set aside;
+            num_overlong_eval: those for evaluation.
         responses: tokens of the data set's own responses by prompt id, where a mixture has some.
     """
 
@@ -34,6 +36,7 @@ class Inputs:
     num_overlong: int
     sampling: SamplingParams
     responses: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    num_overlong_eval: int = 0
 
     @property
     def vocab_size(self) -> int:
@@ -110,9 +113,10 @@ def read_inputs(config: Config) -> Inputs:
         config.data.train, config.data, tokenizer, routed, tools, responses=form
     )
     eval_prompts: tuple[Prompt, ...] = ()
+    num_overlong_eval = 0
     if config.data.eval:
         eval_set = load_prompts(config.data.eval, config.data, tokenizer, routed, tools)
-        eval_prompts = eval_set.prompts
+        eval_prompts, num_overlong_eval = eval_set.prompts, eval_set.num_overlong
     return Inputs(
         student_arch,
         teacher_archs,
@@ -129,4 +133,5 @@ def read_inputs(config: Config) -> Inputs:
             stop_token_ids=ends,
         ),
         train_set.responses,
+        num_overlong_eval,
     )

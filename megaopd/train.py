@@ -103,10 +103,12 @@ def train(config: Config, inputs: Inputs) -> None:
         _open_run_dir(run_dir, config)
     record = _recorder(config, is_main)
     logger.info(
-        "%d training prompts (%d longer than data.max_prompt_tokens set aside), %d for evaluation",
+        "%d training prompts, %d for evaluation; longer than data.max_prompt_tokens and set aside: "
+        "%d and %d",
         len(inputs.train_prompts),
-        inputs.num_overlong,
         len(inputs.eval_prompts),
+        inputs.num_overlong,
+        inputs.num_overlong_eval,
     )
 
     side = student_side(config, inputs, groups)

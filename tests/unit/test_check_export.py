@@ -41,7 +41,9 @@ def test_no_run_and_no_export(tmp_path):
         main([str(tmp_path)])
     summary = {"hf_export": "hf", "eval_temperature": 0.6}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
-    with pytest.raises(CheckpointError, match=r"sample at temperature 0.6, .*; run it with eval\.t"):
+    with pytest.raises(
+        CheckpointError, match=r"sample at temperature 0.6, .*; run it with eval\.t"
+    ):
         main([str(tmp_path)])
 
 
