@@ -152,7 +152,7 @@ class Objective:
         c = self.settings.config
         rows = _loss_rows(hidden_TH, head_VH, batch)
         selected = torch.ones_like(rows.sampled_L)
-        if c.selection != "none":
+        if c.selection != "none" and c.selection_ratio < 1:
             selected = self._selected(rows, batch, signal)
             rows = replace(rows, weights_L=torch.where(selected, rows.weights_L, 0.0))
         terms = FORMS[c.objective](self.settings, rows, signal)

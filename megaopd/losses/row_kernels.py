@@ -253,42 +253,42 @@ def local_pass(
 
 
 def _gradient(
-    parts: Parts, inv_tau: float, entropy_coef: float, z: Tensor, u: Tensor, rows: Tensor
+    parts: Parts, inv_tau: float, bonus: bool, z: Tensor, u: Tensor, rows: Tensor
 ) -> list[Tensor]:
-    """row_weight (pull + p entropy_coef (z - max z) / tau - p mean_pull) as `_lanes` of the tile.
+    """row_weight (sum of weight pull + p entropy_coef (z - max z) / tau - p mean_pull) as `_lanes`
+    of the tile.
+
+    The coefficients are data, so that a schedule may move them without another kernel.
 
     Args:
-        rows: [C, 7] the five row scalars, then mean_pull (what is the same for all columns of the
-            entropy's gradient is in it), then row_weight, which holds the 1 / tau.
+        bonus: whether there is an entropy_coef.
+        rows: [C, 8 + number of parts]: the five row scalars, then mean_pull (what is the same for
+            all columns of the entropy's gradient is in it), then row_weight, which holds the
+            1 / tau, then entropy_coef and the parts' weights.
     """
-    *scalars, mean_pull, row_weight = (row[:, None] for row in rows.unbind(1))
+    columns = [row[:, None] for row in rows.unbind(1)]
+    scalars, (mean_pull, row_weight, entropy_coef, *weights) = columns[:5], columns[5:]
     gradient = []
     for wide_z, wide_u in zip(_lanes(z), _lanes(u), strict=True):
         p, q, d = probabilities(inv_tau, wide_z, wide_u, scalars)
         total = p * -mean_pull
-        if entropy_coef:
-            total = total + p * ((wide_z - scalars[0]) * (inv_tau * entropy_coef))
-        for part in parts:
-            total = total + part.pull(p, q, d) * part.weight
+        if bonus:
+            total = total + p * ((wide_z - scalars[0]) * (entropy_coef * inv_tau))
+        for part, weight in zip(parts, weights, strict=True):
+            total = total + part.pull(p, q, d) * weight
         gradient.append(total * row_weight)
     return gradient
 
 
 def write_gradient(
-    parts: Parts,
-    inv_tau: float,
-    entropy_coef: float,
-    z: Tensor,
-    u: Tensor,
-    rows: Tensor,
-    out: Tensor,
+    parts: Parts, inv_tau: float, bonus: bool, z: Tensor, u: Tensor, rows: Tensor, out: Tensor
 ) -> None:
     """The gradient into `out`, which shares no memory with the logits, rounded to its dtype."""
-    _store(_gradient(parts, inv_tau, entropy_coef, z, u, rows), out)
+    _store(_gradient(parts, inv_tau, bonus, z, u, rows), out)
 
 
 def overwrite_with_gradient(
-    parts: Parts, inv_tau: float, entropy_coef: float, z: Tensor, u: Tensor, rows: Tensor
+    parts: Parts, inv_tau: float, bonus: bool, z: Tensor, u: Tensor, rows: Tensor
 ) -> None:
     """The gradient into z. A function of its own: torch.compile mishandles aliased arguments."""
-    _store(_gradient(parts, inv_tau, entropy_coef, z, u, rows), z)
+    _store(_gradient(parts, inv_tau, bonus, z, u, rows), z)

@@ -1,12 +1,13 @@
 """`row_kernels` over tiles: eager, or compiled by torch.compile into one loop per pass.
 
-Compiled kernels are made once per divergence, temperature, dtype and vocabulary width, are dynamic
-in the number of rows, and torch keeps the machine code on disk.
+Compiled kernels are made once per terms of a divergence, temperature, dtype and vocabulary width,
+are dynamic in the number of rows, and torch keeps the machine code on disk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -93,6 +94,9 @@ class TorchBackend:
         entropy_coef: float = 0.0,
     ) -> None:
         self.parts, self.inv_tau, self.extra_inv_tau = parts, inv_tau, extra_inv_tau
+        # Columns of what the gradient's kernel takes, not constants of it: see `row_kernels`.
+        self.coefs = (entropy_coef, *(part.weight for part in parts))
+        parts = tuple(replace(part, weight=1.0) for part in parts)
         chained = all(part.order is not None for part in parts)
         self.tile_elements = _COMPILED_TILE if compiled and chained else _EAGER_TILE
         self.pair = _paired if compiled else _unpaired
@@ -102,7 +106,7 @@ class TorchBackend:
         self._local_pass = bind(row_kernels.local_pass, parts, inv_tau, extra_inv_tau, False)
         self._refined_pass = bind(row_kernels.local_pass, parts, inv_tau, extra_inv_tau, True)
         self._part_sums = bind(row_kernels.part_sums, parts, inv_tau)
-        constants = (parts, inv_tau, entropy_coef)
+        constants = (parts, inv_tau, entropy_coef != 0)
         self._write_gradient = bind(row_kernels.write_gradient, *constants)
         self._overwrite_with_gradient = bind(row_kernels.overwrite_with_gradient, *constants)
 
@@ -182,6 +186,7 @@ class TorchBackend:
     def write_gradient(self, z: Tensor, u: Tensor, rows: Tensor, out: Tensor) -> None:
         """The gradient into `out`, which may be z; rows [C, 7], see `row_kernels`."""
         in_place = _memory(out) == _memory(z)
+        rows = torch.cat([rows, rows.new_tensor(self.coefs).expand(len(rows), -1)], dim=1)
         for t in self._tiles(z):
             teacher = u[t].clone() if _memory(u) == _memory(out) else u[t]
             if in_place:

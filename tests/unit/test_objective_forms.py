@@ -13,7 +13,7 @@ from torch import Tensor
 from megaopd.batch import HiddenSignal, TokenScores, TokenSignal, TopKSignal
 from megaopd.config import LossConfig
 from megaopd.errors import ConfigError
-from megaopd.losses import DIVERGENCES, divergence
+from megaopd.losses import DIVERGENCES, backends, divergence
 from megaopd.losses.objective import FORMS, METRICS, OBJECTIVES, Objective
 from megaopd.losses.sampled_tokens import ESTIMATORS
 from megaopd.losses.scores import NUM_SCORES
@@ -21,6 +21,7 @@ from tests.unit.losses.reference import from_logprobs
 from tests.unit.test_objective_signals import SAMPLER_TEMPERATURE, Case, V, bucketed
 
 ADVANTAGES = torch.tensor([0.0, 1.5, -2.0, 0.0, -0.7, 0.4, 0.0])
+COMPILES = pytest.mark.skipif(not backends.can_compile(), reason="torch.compile does not work here")
 BONUS = 0.3
 
 
@@ -132,21 +133,33 @@ def test_entropy_bonus_of_every_divergence(divergence_kind, form):
     assert out.sums["loss/entropy"].item() == pytest.approx(-BONUS * entropy[scored].sum().item())
 
 
-@pytest.mark.parametrize("backend", ["eager", "compiled"])
-def test_entropy_bonus_in_fp32_and_in_bf16(backend):
+@pytest.mark.parametrize(
+    ("backend", "dtype", "tolerance"),
+    [
+        ("eager", torch.float32, 1e-5),
+        ("eager", torch.bfloat16, 2e-2),
+        pytest.param("compiled", torch.float32, 1e-5, marks=[pytest.mark.slow, COMPILES]),
+    ],
+)
+def test_a_schedule_moves_coefficients_without_new_kernels(backend, dtype, tolerance):
     generator = torch.Generator().manual_seed(3)
-    z, u = (torch.randn(5, 40, generator=generator) * 4 for _ in range(2))
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+    z, u = (torch.randn(5, 40, generator=generator) * 2 for _ in range(2))
+    num_kernels = []
+    for beta, bonus in ((0.5, BONUS), (0.8, BONUS / 4)):
+        options = {"kind": "mixed", "beta": beta, "backend": backend, "entropy_coef": bonus}
         leaf = z.to(dtype).requires_grad_()
-        out = divergence(leaf, u.to(dtype), kind="jsd", backend=backend, entropy_coef=BONUS)
+        out = divergence(leaf, u.to(dtype), **options)
         (found,) = torch.autograd.grad(out.loss_T.sum(), leaf)
         exact = z.to(dtype).double().requires_grad_()
         log_p = exact.log_softmax(-1)
-        value = from_logprobs("jsd", log_p, u.to(dtype).double().log_softmax(-1), 0.5, 0.1)
-        loss = (value + BONUS * (log_p.exp() * log_p).sum(-1)).sum()
+        log_q = u.to(dtype).double().log_softmax(-1)
+        value = from_logprobs("mixed", log_p, log_q, beta, 0.1)
+        loss = (value + bonus * (log_p.exp() * log_p).sum(-1)).sum()
         (wanted,) = torch.autograd.grad(loss, exact)
         assert out.loss_T.sum().item() == pytest.approx(loss.item(), rel=1e-4)
         assert float((found.double() - wanted).norm() / wanted.norm()) < tolerance
+        num_kernels.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert num_kernels[0] == num_kernels[1]
 
 
 def test_the_policy_gradient_stops_at_its_bounds():

@@ -13,7 +13,7 @@ from megaopd.batch import HiddenSignal
 from megaopd.losses.dense import divergence
 from megaopd.losses.fused import linear_divergence
 from megaopd.losses.output import DivergenceOutput
-from megaopd.losses.signals.terms import LossRows, LossSettings, LossTerms
+from megaopd.losses.signals.terms import LossRows, LossSettings, LossTerms, at_rows
 
 
 def full_objective(settings: LossSettings, rows: LossRows, signal: HiddenSignal) -> LossTerms:
@@ -78,6 +78,11 @@ def _unfused_divergence(
     **options: Any,
 ) -> DivergenceOutput:
     """`linear_divergence` with token weights, by way of whole logits and autograd."""
-    logits_LV = _SumGradient.apply(hidden_LH, options["tp_group"]) @ head_VH.t()
-    out = divergence(logits_LV, teacher_hidden_LH @ teacher_head_VH.t(), **options)
-    return replace(out, loss_sum=(out.loss_T * weights_T).sum())
+    kept = weights_T.nonzero()[:, 0]
+    logits = _SumGradient.apply(hidden_LH[kept], options["tp_group"]) @ head_VH.t()
+    options["labels_T"] = options["labels_T"][kept]
+    out = divergence(logits, teacher_hidden_LH[kept] @ teacher_head_VH.t(), **options)
+    loss_sum = (out.loss_T * weights_T[kept]).sum()
+    columns = {n: x.detach() for n, x in vars(out).items() if x is not None}
+    names, values = list(columns), at_rows(list(columns.values()), kept, len(weights_T))
+    return replace(out, loss_sum=loss_sum, **dict(zip(names, values, strict=True)))
