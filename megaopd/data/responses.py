@@ -20,6 +20,9 @@ def implied_end(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int
     return stop_token_ids[0] if stop_token_ids else None
 
 
+_REMEDY = "set data.response_column, or write one: prepare_data.py and evaluate.py have --responses"
+
+
 @dataclass(frozen=True)
 class ResponseForm:
     """How the text in a column becomes a response.
@@ -43,7 +46,7 @@ class ResponseForm:
         """
         value = row.get(self.column)
         if value is None:
-            raise row.missing(self.column, "set data.response_column")
+            raise row.missing(self.column, _REMEDY)
         if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
             raise row.error(
                 f"column {self.column!r} holds {excerpt(value)}", "write the response as text"

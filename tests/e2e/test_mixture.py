@@ -146,7 +146,6 @@ def test_gkd_is_the_jsd_of_all_tokens(config, gkd):
     ("num_ranks", "overrides"),
     [
         (1, ["train.micro_batch_size=1"]),
-        (1, ["train.micro_batch_size=8"]),
         (1, ["train.max_tokens_per_micro_batch=96"]),
         (2, []),
         (2, ["parallel.tensor=2"]),

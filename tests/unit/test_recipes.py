@@ -14,7 +14,9 @@ RECIPES = sorted(file.stem for file in (REPOSITORY / "conf" / "recipes").glob("*
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_lies_over_the_demo(name: str) -> None:
-    assert load(["conf=demo_cpu", f"+recipes={name}"]) != load(["conf=demo_cpu"])
+    config = load(["conf=demo_cpu", f"+recipes={name}"])
+    assert config != load(["conf=demo_cpu"])
+    validate(config, 3)
 
 
 @pytest.mark.parametrize("name", RECIPES)
