@@ -161,7 +161,8 @@ def own_weights_servers(
 
     path = config.student.path
     sent = config.rollout.launch and is_megatron(path)
-    engine = servers_engine(config, vocab_size, converse, world, with_transport=sent)
+    # Nothing of ours runs on a GPU: all of them are the servers'.
+    engine = servers_engine(config, vocab_size, converse, world, with_transport=sent, first_gpu=0)
     if sent:
         source, names = _source(path)
         try:

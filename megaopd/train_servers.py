@@ -44,11 +44,14 @@ def servers_engine(
     world: World,
     *,
     with_transport: bool = True,
+    first_gpu: int | None = None,
 ) -> RolloutEngine:
     """An engine over the servers at `rollout.urls`, or of our own; collective.
 
     Args:
         with_transport: weights come by `load_weights`; without it the servers keep theirs.
+        first_gpu: of those that the servers we start may take; None leaves each rank of this host
+            its own, unless they share them.
     """
     from megaopd.rollout.sglang.engine import SGLangEngine
     from megaopd.rollout.sglang.pool import Address
@@ -57,7 +60,7 @@ def servers_engine(
     fleet: ServerFleet | None = None
     endpoints: Sequence[Endpoint] = ()
     if rollout.launch:
-        fleet = _start_servers(config, world)
+        fleet = _start_servers(config, world, first_gpu)
         endpoints = fleet.servers if fleet else ()
     else:
         api_key = os.environ.get(servers.api_key_env, "")
@@ -123,7 +126,7 @@ TRANSPORTS: dict[str, Callable[[Config, World], WeightTransport]] = {
 }
 
 
-def _start_servers(config: Config, world: World) -> ServerFleet | None:
+def _start_servers(config: Config, world: World, first_gpu: int | None) -> ServerFleet | None:
     """Starts rank 0's servers and waits until they answer; collective. None on other ranks.
 
     Raises:
@@ -132,7 +135,7 @@ def _start_servers(config: Config, world: World) -> ServerFleet | None:
     from megaopd.rollout.sglang.ranks import Ranks
 
     ranks = Ranks(world.rank, world.world_size)
-    fleet = _fleet(config, world) if world.rank == 0 else None
+    fleet = _fleet(config, world, first_gpu) if world.rank == 0 else None
     with ThreadPoolExecutor(max_workers=1) as starter:
         start = starter.submit(fleet.start) if fleet else None
         try:
@@ -155,7 +158,7 @@ def _is_done(start: Future[None]) -> bool:
     return True
 
 
-def _fleet(config: Config, world: World) -> ServerFleet:
+def _fleet(config: Config, world: World, first_gpu: int | None = None) -> ServerFleet:
     """The servers of this host, not started yet.
 
     Raises:
@@ -167,8 +170,8 @@ def _fleet(config: Config, world: World) -> ServerFleet:
     from megaopd.storage.steps import hf_directory
 
     servers = config.rollout.sglang
-    # Beside the trainer's ranks of this host, or on the same devices.
-    first_gpu = 0 if servers.colocated else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if first_gpu is None:
+        first_gpu = 0 if servers.colocated else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if world.device.type == "cuda":
         _check_gpus(servers, first_gpu)
     # The weights of a Megatron checkpoint arrive like those of every step, before a first request.
