@@ -30,6 +30,7 @@ def check_loss(
         ConfigError: the first rule that does not hold.
     """
     _check_schedule(config, divergences)
+    _check_selection(config)
     _check_advantages(config)
     _check_sampled(config)
     for key, teacher in teachers.items():
@@ -70,6 +71,21 @@ def _check_schedule(config: Config, divergences: Collection[str] | None) -> None
         if kind.startswith("skew_") and not 0 <= alpha < 1:
             raise ConfigError(
                 f"{where}.alpha", f"found {alpha} for {kind}", "expected a value in [0, 1)"
+            )
+
+
+def _check_selection(config: Config) -> None:
+    loss = config.loss
+    if loss.selection != "none":
+        return
+    ratios = {"loss.selection_ratio": loss.selection_ratio}
+    for name, stage in loss.schedule.items():
+        if stage.selection_ratio is not None:
+            ratios[f"loss.schedule.{name}.selection_ratio"] = stage.selection_ratio
+    for key, ratio in ratios.items():
+        if ratio < 1:
+            raise ConfigError(
+                key, f"{ratio} with loss.selection none, which trains on all", "choose a selection"
             )
 
 

@@ -128,9 +128,10 @@ def keep_in_batch(
     everything = torch.cat(parts, dim=1)
     everywhere = everything[:, everything[0] != 0]
     sequences, places = everywhere[1].long(), everywhere[2].long()
-    # NaN has no place in an order: it is kept, so that the step sees it.
-    entropy, divergence = everywhere[3:].nan_to_num(nan=torch.inf).unbind(0)
-    kept = select(name, ratio, lowest, sequences, places, entropy, divergence)
+    # What is not finite has no place in an order: it is kept, so that the step sees it.
+    broken = ~everywhere[3:].isfinite().all(dim=0)
+    entropy, divergence = torch.where(broken, 0.0, everywhere[3:]).unbind(0)
+    kept = broken | select(name, ratio, lowest, sequences, places, entropy, divergence)
     first = 0
     if cp_group is not None and cp_size > 1:
         first = sum(int(part[0].sum()) for part in parts[: cp_group.rank()])

@@ -82,10 +82,12 @@ def test_what_the_documentation_says_passes(overrides):
         (("credit.reward=gsm7k",), "credit.reward: no 'gsm7k'; did you mean gsm8k"),
         (("credit.reward_beta=0",), "credit.reward_beta: found 0"),
         (("loss.selection_ratio=0",), "loss.selection_ratio: found 0"),
+        (("loss.selection_ratio=0.5",), "loss.selection_ratio: 0.5 with loss.selection none"),
+        ((STAGE, "loss.schedule.a.selection_ratio=0.2"), "a.selection_ratio: 0.2 with loss.sel"),
         (("loss.entropy_coef=-1",), "loss.entropy_coef: found -1"),
         (("loss.clip_low=2",), "loss.clip_low: found 2"),
         (("credit.paced_memory=2",), "credit.paced_memory: found 2"),
-        (("loss.estimator=k1",), "loss.estimator: found \"k1\"; .*expected one of k2, k3"),
+        (("loss.estimator=k1",), 'loss.estimator: found "k1"; .*expected one of k2, k3'),
     ],
 )
 def test_what_is_refused(overrides, message):

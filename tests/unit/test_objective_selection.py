@@ -156,6 +156,22 @@ def _kept(case: Case, name: str) -> set[int]:
     return slow(name, 0.6, h.tolist(), d.tolist())
 
 
+@pytest.mark.parametrize("lowest", [False, True])
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_what_is_not_finite_is_kept(name, lowest):
+    """So that the step sees it, and is skipped."""
+    config = LossConfig(
+        backend="eager", selection=name, selection_ratio=0.2, selection_lowest=lowest
+    )
+    for bad in (1, 4, 5):  # loss tokens
+        case = make_case()
+        hidden = case.hidden.detach().clone()
+        hidden[bad] = torch.nan
+        signal = case.signal(HiddenSignal)
+        out = Objective(config, V, 1.0, None)(hidden, case.head, case.batch, signal)
+        assert not out.loss_sum.isfinite()
+
+
 def test_selecting_everything_changes_nothing():
     case = make_case()
     outs = [
