@@ -97,10 +97,12 @@ def exact_gradient(theta: Tensor, kind: str) -> Tensor:
 
 def optimum(slope) -> Tensor:
     theta = torch.zeros(H).double()
-    for _ in range(150):
-        theta = theta - 0.3 * slope(theta)
-    assert float(slope(theta).norm()) < 1e-4, "has not converged"
-    return theta
+    for _ in range(100):
+        step = slope(theta)
+        if float(step.norm()) < 1e-5:
+            return theta
+        theta = theta - 0.6 * step
+    pytest.fail("has not converged")
 
 
 PG = LossConfig(objective="policy_gradient")

@@ -172,6 +172,7 @@ def test_triton_under_the_heads(kind, small_blocks):
             weights_T=weights,
             vocab_size=290,
             chunk_tokens=2,
+            entropy_coef=0.2,
         )
         out.loss_sum.backward()
         results.append((out.loss_T, *(leaf.grad for leaf in leaves)))
