@@ -1,13 +1,14 @@
-"""What a run reads and checks before it touches a device: models, tokenizers, prompts."""
+"""What a run reads and checks before it touches a device: its configuration, models, tokenizers,
+prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from megaopd.batch import Prompt, SamplingParams
-from megaopd.config import Config, TeacherConfig, validate_models
+from megaopd.config import Config, TeacherConfig, load, validate, validate_models
 from megaopd.config_mixture import data_share
 from megaopd.config_servers import check_local
 
@@ -57,55 +58,124 @@ def routed_teachers(config: Config) -> dict[str, TeacherConfig]:
     return {name: teacher for name, teacher in teachers.items() if name not in members}
 
 
+def teacher_key(name: str) -> str:
+    """The key of a teacher in the configuration, by the name that `Prompt.teacher` holds."""
+    return f"teachers.{name}" if name else "teacher"
+
+
+def _teacher_paths(config: Config) -> dict[str, str]:
+    """By name; a teacher without a directory of its own has the student's weights, or others'."""
+    return {name: t.path or config.student.path for name, t in teacher_configs(config).items()}
+
+
+def read_config(argv: Sequence[str], world_size: int) -> Config:
+    """Reads the configuration from the words of a command line, and checks it.
+
+    Raises:
+        ConfigError: an unknown key, or the first rule that does not hold.
+    """
+    from megaopd.losses import DIVERGENCES
+    from megaopd.rewards import REWARDS, find_reward
+    from megaopd.rollout.agent import TOOLS
+
+    config = load(list(argv))
+    validate(
+        config,
+        world_size,
+        divergences=tuple(DIVERGENCES),
+        rewards=tuple(REWARDS),
+        tools=tuple(TOOLS),
+    )
+    # These say now what is wrong with one of the user's.
+    find_reward(config.eval.reward)
+    find_reward(config.credit.reward or config.eval.reward, "credit.reward")
+    return config
+
+
 def read_inputs(config: Config) -> Inputs:
     """Reads and checks models, tokenizers and prompts; no device, no process group.
 
     Raises:
         MegaOPDError: whatever is wrong with them, in one line.
     """
+    student_arch, teacher_archs = read_models(config)
+    return read_prompts(config, student_arch, teacher_archs, read_tokenizer(config))
+
+
+def read_models(config: Config) -> tuple[ModelArch, dict[str, ModelArch]]:
+    """The architectures of the student and, by name, of the teachers, whose files are checked.
+
+    Raises:
+        MegaOPDError: a model is not complete, or a layout, a freeze pattern or an adapter is not
+            for it.
+    """
     from megaopd.checkpoint import open_weights
-    from megaopd.data.prompts import load_prompts
-    from megaopd.data.responses import ResponseForm
-    from megaopd.data.tokenizer import (
-        check_same_tokenizer,
-        load_tokenizer,
-        stop_token_ids,
-        template_options,
-    )
-    from megaopd.data.tool_template import ToolTemplate
     from megaopd.models.arch import read_arch
     from megaopd.models.freeze import check_freeze
     from megaopd.models.hf_io import check_weights
-    from megaopd.models.lora_spec import check_lora
-    from megaopd.rollout.agent import tool_schemas
-    from megaopd.rollout.recorded import RecordedEngine
+    from megaopd.models.hf_io.adapter import AdapterReader
+    from megaopd.models.lora_spec import adapter_mappings, check_lora
     from megaopd.storage.steps import hf_directory
 
     check_local(config.rollout)
-    student = config.student.path
-    # A teacher without a checkpoint has the student's weights.
-    paths = {name: t.path or student for name, t in teacher_configs(config).items()}
-    student_arch = read_arch(hf_directory(student))
+    student, paths = config.student, _teacher_paths(config)
+    arch = read_arch(hf_directory(student.path))
     teacher_archs = {name: read_arch(hf_directory(path)) for name, path in paths.items()}
-    named = {name: arch for name, arch in teacher_archs.items() if name}
-    validate_models(config, student_arch, teacher_archs[""], named)
-    check_freeze(student_arch, config.student.freeze)
-    if config.student.lora is not None:
-        check_lora(student_arch, config.student.lora)
-    if config.rollout.kind == "recorded":
-        RecordedEngine(config.rollout.path)  # says now if the file is not there
+    named = {name: of_teacher for name, of_teacher in teacher_archs.items() if name}
+    validate_models(config, arch, teacher_archs[""], named)
+    check_freeze(arch, student.freeze)
+    if student.lora is not None:
+        check_lora(arch, student.lora)
+        if student.lora.adapter:
+            adapter = AdapterReader(student.lora.adapter)
+            adapter.check(student.lora, adapter_mappings(arch, student.lora))
     # The weights of a teacher on servers are their affair.
     ours = [name for name, teacher in teacher_configs(config).items() if teacher.kind != "sglang"]
-    for path, arch in {student: student_arch, **{paths[n]: teacher_archs[n] for n in ours}}.items():
-        check_weights(open_weights(path), arch)
+    for path, its in {student.path: arch, **{paths[n]: teacher_archs[n] for n in ours}}.items():
+        check_weights(open_weights(path), its)
+    return arch, teacher_archs
+
+
+def read_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The student's, after a comparison with the teachers'.
+
+    Raises:
+        ConfigError: one cannot be read, or a token id means something else to a teacher.
+    """
+    from megaopd.data.tokenizer import check_same_tokenizer, load_tokenizer
+
+    student = config.student.path
     tokenizer = load_tokenizer(student)
-    for name, path in paths.items():
-        check_same_tokenizer(student, path, f"teachers.{name}.path" if name else "teacher.path")
+    for name, path in _teacher_paths(config).items():
+        check_same_tokenizer(student, path, f"{teacher_key(name)}.path")
+    return tokenizer
+
+
+def read_prompts(
+    config: Config,
+    student_arch: ModelArch,
+    teacher_archs: Mapping[str, ModelArch],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Inputs:
+    """The prompts, and with them all inputs.
+
+    Raises:
+        MegaOPDError: what is wrong with the data.
+    """
+    from megaopd.data.prompts import load_prompts
+    from megaopd.data.responses import ResponseForm
+    from megaopd.data.tokenizer import stop_token_ids, template_options
+    from megaopd.data.tool_template import ToolTemplate
+    from megaopd.rollout.agent import tool_schemas
+    from megaopd.rollout.recorded import RecordedEngine
+
+    if config.rollout.kind == "recorded":
+        RecordedEngine(config.rollout.path)  # says now if the file is not there
     agent, routed = config.rollout.agent, routed_teachers(config)
     options = template_options(config.data, tokenizer)
     tools = ToolTemplate(tokenizer, tool_schemas(agent), options) if agent else None
     rollout = config.rollout
-    ends = stop_token_ids(tokenizer, student, rollout.stop)
+    ends = stop_token_ids(tokenizer, config.student.path, rollout.stop)
     form = None
     if data_share(rollout.mixture):
         form = ResponseForm(config.data.response_column, ends, rollout.max_new_tokens)

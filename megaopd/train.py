@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megaopd.batch import Prompt, Sample
-from megaopd.config import Config, load, to_yaml, validate
+from megaopd.config import Config, to_yaml
 from megaopd.errors import ConfigError, NumericError, RolloutError, run_cli
-from megaopd.inputs import Inputs, read_inputs, teacher_configs
+from megaopd.inputs import Inputs, read_config, read_inputs, teacher_configs
 from megaopd.train_loop import build_trainer
 from megaopd.train_rollout import ENGINES, mixture, teacher_engine
 from megaopd.train_teachers import build_teacher, student_side
@@ -45,19 +45,7 @@ def main(argv: list[str]) -> None:
     if not argv or "--help" in argv or "-h" in argv:
         print(USAGE, end="")
         return
-    from megaopd.losses import DIVERGENCES
-    from megaopd.rewards import REWARDS, find_reward
-    from megaopd.rollout.agent import TOOLS
-
-    config = load(argv)
-    validate(
-        config,
-        int(os.environ.get("WORLD_SIZE", "1")),
-        divergences=tuple(DIVERGENCES),
-        rewards=tuple(REWARDS),
-        tools=tuple(TOOLS),
-    )
-    find_reward(config.eval.reward)  # says now what is wrong with one of the user's
+    config = read_config(argv, int(os.environ.get("WORLD_SIZE", "1")))
     train(config, read_inputs(config))
 
 

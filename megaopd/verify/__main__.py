@@ -8,7 +8,7 @@ import sys
 from megaopd.errors import ConfigError, run_cli
 from megaopd.verify.setup import Setup
 from megaopd.verify.static import STATIC
-from megaopd.verify.table import Outcome, Table
+from megaopd.verify.table import Table, row
 
 USAGE = """usage: torchrun --nproc-per-node N -m megaopd.verify conf=NAME [key=value ...] [options]
        python -m megaopd.verify conf=NAME [key=value ...] --static [--ranks N]
@@ -24,7 +24,7 @@ exported.
 --debug        show the traceback of an error
 
 Exit status: 0, or that of the first failed check (2 configuration, 3 data, 4 checkpoint,
-5 environment, 6 numeric, 7 rollout).
+5 environment, 6 numeric, 7 rollout); torchrun itself makes 1 of them all.
 """
 
 
@@ -42,11 +42,25 @@ def main(argv: list[str]) -> None:
     table = Table(_say if is_main else _say_nothing)
     setup = Setup(rest, ranks, num_tokens)
     table.run(STATIC, setup)
-    if not static:
+    if table.exit_status and not is_main:
+        _speak_for_a_node(table)
+    if static:
+        table.show(table.summary())
+    else:
         _on_devices(table, setup)
-    table.show(table.summary())
     if table.exit_status:
         raise SystemExit(table.exit_status)
+
+
+def _speak_for_a_node(table: Table) -> None:
+    """Other nodes may lack files that the first one has: their first ranks say so. All others leave
+    as if nothing were wrong, or torchrun would end the first while it still writes its table."""
+    if os.environ.get("LOCAL_RANK") != "0":
+        raise SystemExit(0)
+    for name, outcome in table.outcomes.items():
+        if outcome.status == "FAIL":
+            for line in row(name, outcome):
+                print(f"rank {os.environ['RANK']}: {line}", file=sys.stderr, flush=True)
 
 
 def _on_devices(table: Table, setup: Setup) -> None:
@@ -54,24 +68,17 @@ def _on_devices(table: Table, setup: Setup) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from megaopd.parallel import groups as parallel_groups
+    from megaopd.verify.agreement import Agreement
     from megaopd.verify.step import ON_DEVICES
 
     disable_progress_bar()
+    agree = Agreement()
     with setup.closing:
-        table.run(ON_DEVICES, setup, _agreed)
+        table.run(ON_DEVICES, setup, agree)
+    table.show(table.summary())
     if dist.is_initialized():
+        agree.wait()
         parallel_groups.shutdown()
-
-
-def _agreed(outcome: Outcome) -> Outcome:
-    """The first rank's that failed, else our own."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return outcome
-    outcomes: list[Outcome] = [outcome] * dist.get_world_size()
-    dist.all_gather_object(outcomes, outcome)
-    return next((o for o in outcomes if o.status == "FAIL"), outcome)
 
 
 def _number(argv: list[str], option: str, default: int) -> int:

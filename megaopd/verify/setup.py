@@ -11,7 +11,10 @@ from megaopd.batch import Prompt, Sample
 from megaopd.config import Config
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from megaopd.inputs import Inputs
+    from megaopd.models.arch import ModelArch
     from megaopd.parallel.groups import ParallelGroups
     from megaopd.protocols import RolloutEngine, StepResult, Teacher
     from megaopd.rollout.mixture import Mixture
@@ -33,7 +36,7 @@ class Setup:
         config: the run's, as it was given.
         small: the same with one small step.
         inputs: models' architectures, tokenizer, prompts.
-        rows: what the teachers said of text, by teacher.
+        readings: what the teachers said of text, by teacher.
         result: of the step that was tried.
         closing: whatever is open.
     """
@@ -44,6 +47,9 @@ class Setup:
     closing: ExitStack = field(default_factory=ExitStack)
     config: Any = None
     small: Any = None
+    student_arch: ModelArch = field(init=False)
+    teacher_archs: dict[str, ModelArch] = field(init=False)
+    tokenizer: PreTrainedTokenizerBase = field(init=False)
     inputs: Inputs = field(init=False)
     groups: ParallelGroups = field(init=False)
     side: StudentSide = field(init=False)

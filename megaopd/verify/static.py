@@ -1,18 +1,28 @@
-"""Checks that touch no device: configuration, models' files, tokenizers, templates, data, disk."""
+"""Checks that touch no device: configuration, models' files, tokenizers, data, templates, disk."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from megaopd.batch import Prompt
-from megaopd.config import load, validate, validate_models
 from megaopd.errors import ConfigError, DataError, EnvironmentFault
-from megaopd.inputs import read_inputs, teacher_configs
+from megaopd.inputs import (
+    read_config,
+    read_models,
+    read_prompts,
+    read_tokenizer,
+    teacher_configs,
+    teacher_key,
+)
+from megaopd.models.families import param_mappings
+from megaopd.models.lora_spec import adapter_mappings
+from megaopd.models.mapping import ParamMapping
 from megaopd.verify.setup import Setup, small_config
 from megaopd.verify.table import Check, NotApplicable
 
@@ -20,19 +30,7 @@ _DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 
 
 def _configuration(setup: Setup) -> str:
-    from megaopd.losses import DIVERGENCES
-    from megaopd.rewards import REWARDS, find_reward
-    from megaopd.rollout.agent import TOOLS
-
-    setup.config = config = load(setup.argv)
-    validate(
-        config,
-        setup.world_size,
-        divergences=tuple(DIVERGENCES),
-        rewards=tuple(REWARDS),
-        tools=tuple(TOOLS),
-    )
-    find_reward(config.eval.reward)
+    setup.config = config = read_config(setup.argv, setup.world_size)
     setup.small = small_config(config, setup.world_size, setup.num_tokens)
     p = config.parallel
     data_size = setup.world_size // (p.tensor * p.pipeline * p.context)
@@ -44,91 +42,35 @@ def _configuration(setup: Setup) -> str:
 
 
 def _models(setup: Setup) -> str:
-    from megaopd.checkpoint import open_weights
-    from megaopd.models.arch import read_arch
-    from megaopd.models.families import hf_shapes
-    from megaopd.models.freeze import check_freeze
-    from megaopd.models.hf_io import check_weights
-    from megaopd.models.lora_spec import adapter_mappings, check_lora
-    from megaopd.storage.steps import hf_directory
+    setup.student_arch, setup.teacher_archs = arch, teachers = read_models(setup.config)
+    said = [f"student {arch.family}, {_millions(param_mappings(arch).values())}"]
+    lora = setup.config.student.lora
+    if lora is not None:
+        said[0] += f", {_millions(adapter_mappings(arch, lora).values())} in LoRA adapters"
+    for name in _teacher_paths(setup):
+        its = teachers[name]
+        key = teacher_key(name)
+        said.append(f"{key} {its.family}, {_millions(param_mappings(its).values())}")
+    return "; ".join(said)
 
-    config, student = setup.config, setup.config.student
-    paths = {"student": student.path}
-    for name, teacher in teacher_configs(config).items():
-        if teacher.path:
-            paths[f"teacher {name}".strip()] = teacher.path
-    archs = {role: read_arch(hf_directory(path)) for role, path in paths.items()}
-    arch = archs["student"]
-    named = {r.removeprefix("teacher "): a for r, a in archs.items() if r.startswith("teacher ")}
-    validate_models(config, arch, archs.get("teacher", arch), named)
-    check_freeze(arch, student.freeze)
-    trained = sum(prod(shape) for shape in hf_shapes(arch).values())
-    adapters = ""
-    if student.lora is not None:
-        check_lora(arch, student.lora)
-        mappings = adapter_mappings(arch, student.lora).values()
-        count = sum(prod(s) for m in mappings for s in m.layout.hf_shapes())
-        adapters = f", {count / 1e6:.3g} M in LoRA adapters"
-    on_servers = {t.path for t in teacher_configs(config).values() if t.kind == "sglang"}
-    for role, path in paths.items():
-        if role == "student" or path not in on_servers:
-            check_weights(open_weights(path), archs[role])
-    others = [f"{role} {archs[role].family}" for role in archs if role != "student"]
-    return "; ".join([f"student {arch.family}, {trained / 1e6:.4g} M{adapters}", *others])
+
+def _millions(mappings: Iterable[ParamMapping]) -> str:
+    return f"{_numel(mappings) / 1e6:.4g} M"
+
+
+def _numel(mappings: Iterable[ParamMapping]) -> int:
+    return sum(prod(shape) for mapping in mappings for shape in mapping.layout.hf_shapes())
 
 
 def _tokenizers(setup: Setup) -> str:
-    from megaopd.data.tokenizer import check_same_tokenizer, load_tokenizer
-
-    path = setup.config.student.path
-    tokenizer = load_tokenizer(path)
-    for key, teacher_path in _teacher_paths(setup).items():
-        check_same_tokenizer(path, teacher_path, f"{key}.path")
-    return f"{len(tokenizer)} tokens, the same for all"
-
-
-def _templates(setup: Setup) -> str:
-    from megaopd.data.tokenizer import load_tokenizer, template_options
-
-    data, paths = setup.config.data, _teacher_paths(setup)
-    if not paths:
-        raise NotApplicable("the teacher is the student's own model")
-    tokenizer = load_tokenizer(setup.config.student.path)
-    if tokenizer.chat_template is None:
-        raise NotApplicable("the student's tokenizer has no chat template")
-    options = template_options(data, tokenizer)
-    messages = [
-        {"role": "user", "content": "1 + 1?"},
-        {"role": "assistant", "content": "2"},
-        {"role": "user", "content": "And 2 + 2?"},
-    ]
-
-    def rendered(path: str) -> str:
-        own = load_tokenizer(path)
-        if own.chat_template is None:
-            return ""
-        return str(
-            own.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
-        )
-
-    ours = rendered(setup.config.student.path)
-    for key, path in paths.items():
-        theirs = rendered(path)
-        if theirs and theirs != ours:
-            pairs = zip_longest(ours, theirs, fillvalue="")
-            at = next(i for i, (a, b) in enumerate(pairs) if a != b)
-            raise ConfigError(
-                f"{key}.path",
-                f"the chat templates differ, first at {ours[at : at + 24]!r} in the student's, "
-                f"{theirs[at : at + 24]!r} in the teacher's",
-                "the teacher sees the student's: give both the teacher's chat_template.jinja, or "
-                "make sure that it knows the student's",
-            )
-    return "student and teachers render a conversation alike"
+    setup.tokenizer = read_tokenizer(setup.config)
+    return f"{len(setup.tokenizer)} tokens, the same for all"
 
 
 def _data(setup: Setup) -> str:
-    setup.inputs = inputs = read_inputs(setup.config)
+    setup.inputs = inputs = read_prompts(
+        setup.config, setup.student_arch, setup.teacher_archs, setup.tokenizer
+    )
     wanted = setup.config.train.global_batch_size // setup.config.rollout.n
     if wanted > len(inputs.train_prompts):
         raise DataError(
@@ -157,28 +99,74 @@ def _overlap(train: Sequence[Prompt], evaluated: Sequence[Prompt]) -> list[str]:
     return [p.prompt_id for p in evaluated if p.token_ids in known]
 
 
-def _disk(setup: Setup) -> str:
-    from megaopd.models.families import hf_shapes
-    from megaopd.models.lora_spec import adapter_mappings
+def _templates(setup: Setup) -> str:
+    """The teacher sees the student's prompts: it should know their form."""
+    from megaopd.data.rows import read_rows
+    from megaopd.data.tokenizer import load_tokenizer, template_options
 
-    config, arch = setup.config, setup.inputs.student_arch
+    data, paths = setup.config.data, _teacher_paths(setup)
+    if not paths:
+        raise NotApplicable("the teacher is the student's own model")
+    prompt = next(read_rows(data.train)).get(data.prompt_column)
+    if isinstance(prompt, str) and not data.chat_template:
+        raise NotApplicable("prompts are strings, and data.chat_template is false")
+    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    options = template_options(data, setup.tokenizer)
+    ours = _rendered(setup.tokenizer, messages, options)
+    none = []
+    for name, path in paths.items():
+        own = load_tokenizer(path)
+        if own.chat_template is None:
+            none.append(teacher_key(name))
+            continue
+        theirs = _rendered(own, messages, options)
+        if theirs != ours:
+            pairs = zip_longest(ours, theirs, fillvalue="")
+            at = next(i for i, (a, b) in enumerate(pairs) if a != b)
+            raise ConfigError(
+                f"{teacher_key(name)}.path",
+                f"the chat templates differ, first at {ours[at : at + 24]!r} in the student's, "
+                f"{theirs[at : at + 24]!r} in the teacher's",
+                "the teacher sees the student's: give both the teacher's chat_template.jinja, or "
+                "make sure that it knows the student's",
+            )
+    without = f"; {', '.join(none)} without a template" if none else ""
+    return f"student and teachers render the first prompt alike{without}"
+
+
+def _rendered(tokenizer: Any, messages: list[Any], options: dict[str, Any]) -> str:
+    """The text of a conversation, or why the template refuses it."""
+    import jinja2
+
+    # Parquet gives every message all fields that any message has.
+    messages = [{k: v for k, v in m.items() if v is not None} for m in messages]
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **options
+            )
+        )
+    except jinja2.TemplateError as error:
+        return f"({error})"
+
+
+def _disk(setup: Setup) -> str:
+    config, arch, lora = setup.config, setup.student_arch, setup.config.student.lora
     width = _DTYPE_BYTES[config.student.dtype]
-    model = width * sum(prod(shape) for shape in hf_shapes(arch).values())
-    exports = config.train.export + config.train.export_megatron
-    needs = {"run.dir": (config.run.dir, model * exports)}
-    if config.student.lora is not None and config.train.export:
-        adapters = adapter_mappings(arch, config.student.lora).values()
-        extra = width * sum(prod(s) for m in adapters for s in m.layout.hf_shapes())
-        needs["run.dir"] = (config.run.dir, model * exports + extra)
+    model = width * _numel(param_mappings(arch).values())
+    exported = model * (config.train.export + config.train.export_megatron)
+    if lora is not None and config.train.export:
+        exported += width * _numel(adapter_mappings(arch, lora).values())
+    needs = {"run.dir": (config.run.dir, exported)}
     sglang = config.rollout.sglang
     if config.rollout.kind == "sglang" and sglang.sync == "disk":
         needs["rollout.sglang.sync_dir"] = (sglang.sync_dir, model)
     found = []
     for key, (directory, wanted) in needs.items():
         place = _existing(Path(directory or "."))
-        free = shutil.disk_usage(place).free
-        if not os.access(place, os.W_OK):
+        if not place.is_dir() or not os.access(place, os.W_OK):
             raise EnvironmentFault(key, f"{place} cannot be written", "choose another directory")
+        free = shutil.disk_usage(place).free
         if free < wanted:
             raise EnvironmentFault(
                 key,
@@ -197,9 +185,9 @@ def _existing(path: Path) -> Path:
 
 
 def _teacher_paths(setup: Setup) -> dict[str, str]:
-    """Teachers with a directory of their own, by key."""
+    """Teachers with a directory of their own, by name."""
     return {
-        f"teachers.{name}" if name else "teacher": teacher.path
+        name: teacher.path
         for name, teacher in teacher_configs(setup.config).items()
         if teacher.path and Path(teacher.path) != Path(setup.config.student.path)
     }
@@ -209,8 +197,8 @@ STATIC: dict[str, Check] = {
     "configuration": Check(_configuration),
     "models' files": Check(_models, ("configuration",)),
     "tokenizers": Check(_tokenizers, ("models' files",)),
-    "chat templates": Check(_templates, ("tokenizers",)),
     "data": Check(_data, ("tokenizers",)),
-    "disk space": Check(_disk, ("data",)),
+    "chat templates": Check(_templates, ("data",)),
+    "disk space": Check(_disk, ("models' files",)),
 }
 """Checks without a device, in order."""

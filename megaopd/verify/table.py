@@ -66,12 +66,12 @@ class Table:
         self,
         checks: Mapping[str, Check],
         setup: Any,
-        agree: Callable[[Outcome], Outcome] = lambda outcome: outcome,
+        agree: Callable[[str, Outcome], Outcome] = lambda name, outcome: outcome,
     ) -> None:
         """Runs all checks whose needs are met.
 
         Args:
-            agree: for collective checks: (this rank's outcome) -> that of all ranks.
+            agree: for collective checks: (name, this rank's outcome) -> that of all ranks.
         """
         for name, check in checks.items():
             missing = [n for n in check.needs if self.outcomes[n].status != "pass"]
@@ -80,9 +80,10 @@ class Table:
                 outcome = Outcome("skip", f"needs: {', '.join(missing)}")
             else:
                 outcome = outcome_of(check, setup)
-                outcome = agree(outcome) if check.collective else outcome
+                outcome = agree(name, outcome) if check.collective else outcome
             self.outcomes[name] = outcome
-            self._show(name, outcome, time.monotonic() - start)
+            for line in row(name, outcome, time.monotonic() - start):
+                self.show(line)
 
     @property
     def exit_status(self) -> int:
@@ -97,11 +98,14 @@ class Table:
         }
         return f"{counts['pass']} passed, {counts['FAIL']} failed, {counts['skip']} skipped"
 
-    def _show(self, name: str, outcome: Outcome, seconds: float) -> None:
-        took = f"  ({seconds:.1f} s)" if seconds >= 1 else ""
-        self.show(f"{name:<{_WIDTH}}{outcome.status}  {outcome.found}{took}")
-        if outcome.fix:
-            self.show(f"{'':<{_WIDTH}}fix:  {outcome.fix}")
+
+def row(name: str, outcome: Outcome, seconds: float = 0.0) -> list[str]:
+    """The lines of a check."""
+    took = f"  ({seconds:.1f} s)" if seconds >= 1 else ""
+    lines = [f"{name:<{_WIDTH}}{outcome.status}  {outcome.found}{took}"]
+    if outcome.fix:
+        lines.append(f"{'':<{_WIDTH}}fix:  {outcome.fix}")
+    return lines
 
 
 def outcome_of(check: Check, setup: Any) -> Outcome:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megaopd.batch import HiddenSignal, PackedBatch, Sample, TeacherSignal, TokenSignal, TopKSignal
 from megaopd.errors import CheckpointError, NumericError
-from megaopd.inputs import teacher_configs
+from megaopd.inputs import teacher_configs, teacher_key
 from megaopd.losses import linear_divergence
 from megaopd.verify.setup import Setup, halves
 
@@ -188,7 +188,7 @@ def check_knowledge(setup: Setup) -> str:
     uniform = -math.log(setup.inputs.vocab_size)
     said = []
     for name, of_teacher in readings.items():
-        where = f"teachers.{name}" if name else "teacher"
+        where = teacher_key(name)
         logprob, noise = (_mean([getattr(r, x) for r in of_teacher]) for x in ("logprob", "noise"))
         found = (
             f"{logprob:.2f} nats a token of the prompts, {noise:.2f} of random tokens, "
@@ -215,7 +215,7 @@ def check_agreement(setup: Setup) -> str:
     said = []
     for name, readings in _readings(setup).items():
         own = teacher_configs(setup.config)[name]
-        where = f"teachers.{name}" if name else "teacher"
+        where = teacher_key(name)
         mean = _mean([r.self_kl for r in readings])
         # A server computes in whatever dtype it was started with.
         limit = TOLERANCE["bf16" if own.kind == "sglang" else own.dtype]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.helpers.distributed import run_distributed
 from tests.helpers.processes import run_module
 from tests.helpers.runs import make_run
 from tests.helpers.tiny_models import make_tiny_model
@@ -63,8 +64,8 @@ STATIC_CHECKS = {
     "configuration",
     "models' files",
     "tokenizers",
-    "chat templates",
     "data",
+    "chat templates",
     "disk space",
 }
 
@@ -72,10 +73,11 @@ STATIC_CHECKS = {
 def test_a_sound_set_up_passes_on_two_ranks(run: Path) -> None:
     status, results, said = verify(run, 2, "parallel.tensor=2")
     assert status == 0, said
+    assert results.pop("chat templates") == "skip"  # the prompts are strings
     assert set(results.values()) == {"pass"}, said
-    assert results.keys() > STATIC_CHECKS
+    assert results.keys() > STATIC_CHECKS - {"chat templates"}
     assert "SHA-256 of" in said
-    assert said.splitlines()[-1] == f"{len(results)} passed, 0 failed, 0 skipped"
+    assert said.splitlines()[-1] == f"{len(results)} passed, 0 failed, 1 skipped"
     assert not (run.parent / "out").exists()
 
 
@@ -108,13 +110,50 @@ def test_a_teacher_of_noise_is_found(run: Path) -> None:
     assert "fix:  see with tools/check_conversion.py" in said
 
 
+def _one_fails(rank: int, world_size: int, alone: bool) -> list[str]:
+    """The rows of a check that fails on rank 1; the others wait for it in a collective of the
+    check, or do not."""
+    import torch.distributed as dist
+
+    from megaopd.errors import EnvironmentFault
+    from megaopd.verify.agreement import Agreement
+    from megaopd.verify.table import Check, Table
+
+    def check(setup: object) -> str:
+        if rank == 1:
+            raise EnvironmentFault("cuda:1", "out of memory", "end the others")
+        if alone:
+            dist.barrier()
+        return "enough room"
+
+    rows: list[str] = []
+    table = Table(rows.append)
+    checks = {"memory": Check(check, collective=True), "more": Check(check, ("memory",))}
+    table.run(checks, None, Agreement(patience_s=1.0))
+    assert table.exit_status == 5
+    return rows
+
+
+def test_what_one_rank_met_is_what_all_say() -> None:
+    first, second = run_distributed(_one_fails, 2, False)
+    assert first == second
+    assert first[0].split()[:2] == ["memory", "FAIL"]
+    assert first[1].split() == ["fix:", "end", "the", "others"]
+    assert first[2].split()[:2] == ["more", "skip"]
+
+
+def test_a_rank_that_fails_alone_leaves() -> None:
+    with pytest.raises(RuntimeError, match="rank 1 died without a word, exit code 5"):
+        run_distributed(_one_fails, 2, True)
+
+
 def test_prompts_of_evaluation_among_those_of_training(run: Path) -> None:
     with (run.parent / "train.jsonl").open("a") as file:
         row = json.loads((run.parent / "eval.jsonl").read_text().splitlines()[2])
         file.write(json.dumps(row | {"id": "again"}) + "\n")
     status, results, said = verify(run, 1, "--static")
     assert status == 3
-    assert (results["data"], results["disk space"]) == ("FAIL", "skip")
+    assert (results["data"], results["chat templates"]) == ("FAIL", "skip")
     assert "1 of 6 prompts are in data.train too, eval2 first" in said
     assert "needs: data" in said
 
@@ -123,10 +162,10 @@ def test_chat_templates_that_differ(run: Path) -> None:
     for side, mark in (("student", "<u>"), ("teacher", "<user>")):
         template = "{% for m in messages %}" + mark + "{{ m.content }}{% endfor %}"
         (run.parent / side / "chat_template.jinja").write_text(template)
-    status, results, said = verify(run, 1, "--static")
+    status, results, said = verify(run, 1, "--static", "data.chat_template=true")
     assert status == 2
     assert results["chat templates"] == "FAIL"
-    assert "first at '>1 + 1?" in said
+    assert "first at '>x" in said
 
 
 @pytest.mark.parametrize(
@@ -135,7 +174,10 @@ def test_chat_templates_that_differ(run: Path) -> None:
         (("loss.kind=nothing",), "configuration", 2),
         (("loss.knd=1",), "configuration", 2),
         (("--ranks", "3", "parallel.tensor=2"), "configuration", 2),
+        (("credit.reward=nowhere.py:reward",), "configuration", 2),
         (("student.lora.targets=[gate]",), "models' files", 2),
+        (("student.lora.adapter=nowhere",), "models' files", 4),
+        (("run.dir=README.md/run",), "disk space", 5),
         (("data.train=nowhere.jsonl",), "data", 3),
     ],
 )
