@@ -152,6 +152,8 @@ def _shards(chunk: HiddenGPTModel, groups: ParallelGroups) -> Iterator[ShardedTe
             queue[:0] = nested_values(value.build())
         elif is_main_replica(value.replica_id):
             yield value
+    names = [adapter.spec.base.megatron for adapter in adapters.values()]
+    assert not names, f"saved without their adapters: {names}"
 
 
 def _check_complete(arch: ModelArch, written: Sequence[WrittenChunk]) -> None:

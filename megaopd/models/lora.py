@@ -54,6 +54,8 @@ def add_adapters(
                     found[own] = Adapter(spec, param, lora.rank, lora.scale, chunk.config, group)
             if found:
                 adapt(layer, found)
+    missing = (specs.keys() & set(names.values())) - adapters_of(chunks).keys()
+    assert not missing, f"no adapter on {sorted(missing)}: how does their layer call its weight?"
     reader = AdapterReader(lora.adapter) if lora.adapter else None
     if reader is not None:
         reader.check(lora, adapter_mappings(arch, lora))

@@ -238,11 +238,13 @@ def normed_input(layer: torch.nn.Module, x: Tensor) -> Tensor:
     if weight is None:
         return x
     layer_any: Any = layer
-    exact = torch.promote_types(x.dtype, torch.float32)
-    weight = weight.to(exact)
+    given = x
     if layer_any.zero_centered_gamma:
-        weight = 1.0 + weight
-    return F.rms_norm(x.to(exact), (x.shape[-1],), weight, layer_any.eps).to(x.dtype)
+        # 1 + weight is no number of a narrow dtype; otherwise x, which the layer keeps for its own
+        # backward, serves this one too.
+        exact = torch.promote_types(x.dtype, torch.float32)
+        given, weight = x.to(exact), 1.0 + weight.to(exact)
+    return F.rms_norm(given, (x.shape[-1],), weight, layer_any.eps).to(x.dtype)
 
 
 def adapters_of(chunks: Iterable[torch.nn.Module]) -> dict[str, Adapter]:

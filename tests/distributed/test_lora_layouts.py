@@ -328,7 +328,8 @@ def test_an_adapter_of_other_settings_is_refused(folder: Path) -> None:
         with pytest.raises(CheckpointError, match=said):
             reader.check(other, adapter_mappings(arch, other))
     config = json.loads((folder / "untied_adapter" / "adapter_config.json").read_text())
-    for key, value in (("use_dora", True), ("modules_to_save", ["lm_head"]), ("peft_type", "IA3")):
+    others = {"use_dora": True, "modules_to_save": ["lm_head"], "peft_type": "IA3"}
+    for key, value in (others | {"init_lora_weights": "pissa"}).items():
         reader.config = config | {key: value}
         with pytest.raises(CheckpointError, match=key):
             reader.check(lora, adapter_mappings(arch, lora))

@@ -44,6 +44,8 @@ _WITHOUT: dict[str, tuple[Any, ...]] = {
     "use_qalora": (None, False),
     "use_bdlora": (None, False),
     "fan_in_fan_out": (None, False),
+    # Others, PiSSA's say, have changed the base.
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
 }
 
 
