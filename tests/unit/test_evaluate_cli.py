@@ -18,6 +18,12 @@ from tests.helpers.fake_sglang import FakeServer, response_to
 from tests.helpers.tiny_models import make_tiny_model
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Tiny models are slower with more, and other tests run beside these."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("hf") / "tiny", max_position_embeddings=512)
