@@ -33,7 +33,8 @@ examples
       --out eval/teacher --responses data/sft.jsonl --correct-only
   python tools/evaluate.py models/Qwen3-8B --data data/aime24.jsonl --reward math --n 16 \\
       --engine sglang --url http://10.0.0.7:30000 --out eval/running
-  torchrun --nproc-per-node 8 tools/evaluate.py ...        embedded, a share of the samples a GPU
+  torchrun --nproc-per-node 8 -- tools/evaluate.py ...     embedded, a share of the samples a GPU;
+      without the dashes torchrun takes --n for its own
 """
 
 
