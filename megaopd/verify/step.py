@@ -99,6 +99,13 @@ def _step(setup: Setup) -> str:
         for name, value in result.metrics.items()
         if name.startswith("loss/") and not name.endswith("fraction")
     ]
+    done = f"{result.num_tokens} tokens, {', '.join(losses)}"
+    credit = setup.config.credit
+    by_reward = credit.weights == "paced" or (
+        setup.config.loss.objective == "policy_gradient" and not credit.teacher_coef
+    )
+    if norm < NO_GRADIENT and by_reward:
+        return f"{done}, no gradient: the samples of every prompt had one and the same reward"
     if norm < NO_GRADIENT:
         raise NumericError(
             "first step",
@@ -106,7 +113,7 @@ def _step(setup: Setup) -> str:
             "student and teacher are one and see the same prompt: set data.teacher_prompt_column, "
             "or another teacher; or student.freeze leaves nothing to train",
         )
-    return f"{result.num_tokens} tokens, {', '.join(losses)}, gradient norm {norm:.3g}"
+    return f"{done}, gradient norm {norm:.3g}"
 
 
 def _mismatch(setup: Setup) -> str:
@@ -136,6 +143,8 @@ def _weight_sync(setup: Setup) -> str:
     trainer, engine = setup.trainer, setup.engine
     if setup.config.rollout.kind == "recorded":
         raise NotApplicable("a recording takes no weights")
+    if engine.weight_version == 0:  # training does not ask the student: the step has no need
+        trainer.weight_sync.sync(trainer.student, engine, version=1)
     compared = "the servers' checksums agree"
     if isinstance(engine, EmbeddedEngine):
         held, num_equal = engine.weights(), 0
