@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from megaopd.batch import Prompt, Sample
 from megaopd.config import Config, to_yaml
-from megaopd.errors import ConfigError, NumericError, RolloutError, run_cli
+from megaopd.errors import ConfigError, MegaOPDError, NumericError, RolloutError, run_cli
 from megaopd.inputs import Inputs, read_config, read_inputs, teacher_configs
 from megaopd.train_loop import build_trainer
 from megaopd.train_rollout import ENGINES, mixture, teacher_engine
@@ -51,14 +51,14 @@ def main(argv: list[str]) -> None:
 
 @contextmanager
 def _leaving_together() -> Iterator[None]:
-    """Ranks that fail alike leave together: torchrun ends all others as soon as one has left, and
-    rank 0 may still be writing the student, stopping servers or saying what went wrong."""
+    """Ranks that agree on an error leave together: torchrun ends all others as soon as one has
+    left, and rank 0 may still be writing the student, stopping servers or saying what is wrong."""
     import torch.distributed as dist
 
     try:
         yield
-    except (NumericError, RolloutError):
-        if dist.is_initialized():
+    except MegaOPDError as error:
+        if error.agreed and dist.is_initialized():
             with suppress(RuntimeError):  # one of them died on its way here
                 dist.barrier()
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from megaopd.batch import Prompt, Sample
@@ -34,8 +35,11 @@ def build_trainer(
     """The trainer of a run; the student is built if it is not yet. Collective."""
     from megaopd.credit import CreditAssignment
     from megaopd.data.prompts import PromptStream
+    from megaopd.evaluation.scoring import rewards_of
+    from megaopd.rewards import find_reward
     from megaopd.trainer import OPDTrainer
 
+    reward = find_reward(config.credit.reward or config.eval.reward, "credit.reward")
     return OPDTrainer(
         config,
         student=side.model(),
@@ -51,29 +55,7 @@ def build_trainer(
         metrics=metrics,
         record=record,
         start_rollout=authors.start,
-        credit=CreditAssignment(config, _training_rewards(config, inputs, side)),
+        credit=CreditAssignment(
+            config, partial(rewards_of, reward=reward, tokenizer=inputs.tokenizer)
+        ),
     )
-
-
-def _training_rewards(
-    config: Config, inputs: Inputs, side: StudentSide
-) -> Callable[[Sequence[Sample]], list[float]]:
-    """Samples -> their rewards, equal on every rank, which each score a part of them. Collective.
-
-    A check with a time limit may end one way here and another there: it is done on one rank.
-    """
-    import torch.distributed as dist
-
-    from megaopd.evaluation.scoring import score_all
-    from megaopd.rewards import find_reward
-
-    rank, size = side.groups.rank, side.groups.world_size
-    reward = find_reward(config.credit.reward or config.eval.reward, "credit.reward")
-
-    def score(samples: Sequence[Sample]) -> list[float]:
-        mine = [r.score for r in score_all(samples[rank::size], reward, inputs.tokenizer)]
-        parts: list[list[float]] = [[] for _ in range(size)]
-        dist.all_gather_object(parts, mine)
-        return [parts[i % size][i // size] for i in range(len(samples))]
-
-    return score

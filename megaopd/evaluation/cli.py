@@ -8,15 +8,16 @@ import json
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from megaopd.batch import Sample, SamplingParams
+from megaopd.batch import SamplingParams
 from megaopd.config import Config, DataConfig
 from megaopd.config_servers import check_local, check_rollout_servers
-from megaopd.errors import ConfigError, DataError, run_cli
+from megaopd.errors import ConfigError, DataError, MegaOPDError, run_cli
 from megaopd.evaluation.arguments import check, parser, run_config
 from megaopd.evaluation.estimates import CONFIDENCE, Figures
 from megaopd.evaluation.journal import Journal
@@ -93,15 +94,13 @@ def _evaluate(
         dtype = args.dtype or ("bf16" if world.device.type == "cuda" else "fp32")
         files = _fingerprint(args.model)
         settings = {**_settings(args, params), "model_files": files, "dtype": dtype}
-        # The files are rank 0's, and so is the work of scoring.
+        # The files are rank 0's.
         journals: list[Journal] = []
         if world.rank == 0:
             journals = [_journal(args, q, settings) for q in questions]
         done = _on_all([set(journal.done) for journal in journals], world)
 
-        def score(samples: Sequence[Sample]) -> list[EvalRecord]:
-            return score_all(samples, reward, tokenizer) if world.rank == 0 else []
-
+        score = partial(score_all, reward=reward, tokenizer=tokenizer)
         asked = zip(questions, done, strict=True)
         if any(p.prompt_id not in ids for q, ids in asked for p in q.prompts):
             with closing(_engine(args, config, arch, dtype, world)) as engine:
@@ -143,10 +142,14 @@ def _processes() -> Iterator[Process]:
     world = Process(dist.get_rank(), dist.get_world_size(), device)
     try:
         yield world
-    except BaseException:
-        # The others may be waiting in a collective: whoever leaves now ends them too.
+    except BaseException as error:
+        # The others may be waiting in a collective: whoever leaves now ends them too, rank 0 before
+        # it has said what all agree on.
         if world.world_size == 1:
             dist.destroy_process_group()
+        elif isinstance(error, MegaOPDError) and error.agreed:
+            with suppress(RuntimeError):  # one of them died on its way here
+                dist.barrier()
         raise
     dist.barrier()
     dist.destroy_process_group()

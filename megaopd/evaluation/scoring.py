@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Protocol
 
 from megaopd.batch import Prompt, Sample, SamplingParams
-from megaopd.errors import DataError, RolloutError
+from megaopd.errors import DataError, MegaOPDError, RolloutError
 from megaopd.evaluation.estimates import (
     Estimate,
     Figures,
@@ -185,8 +185,39 @@ def evaluate(
 
 
 def score_all(samples: Sequence[Sample], reward: Reward, tokenizer: Decoder) -> list[EvalRecord]:
-    """Decodes and scores samples, in their order."""
-    return [_record(sample, reward, tokenizer) for sample in samples]
+    """Decodes and scores samples, in their order; see `rewards_of`."""
+    scores = rewards_of(samples, reward, tokenizer)
+    return [_record(s, score, tokenizer) for s, score in zip(samples, scores, strict=True)]
+
+
+def rewards_of(samples: Sequence[Sample], reward: Reward, tokenizer: Decoder) -> list[float]:
+    """The rewards of samples, in their order. Where processes are joined it is collective, with the
+    same samples on every rank: each scores a part of them, and all have the same scores, also of a
+    check whose time limit may end it here and not there.
+
+    Raises:
+        MegaOPDError: on every rank alike: the reward cannot score one of them.
+    """
+    import torch.distributed as dist
+
+    joined = dist.is_initialized()
+    rank, size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+    mine: list[float] | MegaOPDError
+    try:
+        mine = [reward(_response_text(s, tokenizer), s.prompt.answer) for s in samples[rank::size]]
+    except MegaOPDError as error:
+        mine = error
+    parts = [mine]
+    if size > 1:
+        parts *= size
+        dist.all_gather_object(parts, mine)
+    scores = [0.0] * len(samples)
+    for first, part in enumerate(parts):
+        if isinstance(part, MegaOPDError):
+            part.agreed = True
+            raise part
+        scores[first::size] = part
+    return scores
 
 
 def nothing_sampled(where: str) -> RolloutError:
@@ -194,15 +225,12 @@ def nothing_sampled(where: str) -> RolloutError:
     return RolloutError(where, "the engine set every prompt aside", "look at its log for why")
 
 
-def _record(sample: Sample, reward: Reward, tokenizer: Decoder) -> EvalRecord:
-    last_turn = list(sample.response_ids)[_last_turn(sample) :]
-    response_text = tokenizer.decode(last_turn, skip_special_tokens=True)
-    score = reward(response_text, sample.prompt.answer)
+def _record(sample: Sample, score: float, tokenizer: Decoder) -> EvalRecord:
     return EvalRecord(
         prompt_id=sample.prompt.prompt_id,
         prompt_text=tokenizer.decode(list(sample.prompt.token_ids), skip_special_tokens=False),
         answer=sample.prompt.answer,
-        response_text=response_text,
+        response_text=_response_text(sample, tokenizer),
         response_ids=sample.response_ids,
         correct=score >= 1.0,
         score=score,
@@ -211,7 +239,8 @@ def _record(sample: Sample, reward: Reward, tokenizer: Decoder) -> EvalRecord:
     )
 
 
-def _last_turn(sample: Sample) -> int:
-    """Where the student's last turn begins in the response."""
+def _response_text(sample: Sample, tokenizer: Decoder) -> str:
+    """The student's last turn, without special tokens."""
     given = [place for place, own in enumerate(sample.response_mask) if not own]
-    return given[-1] + 1 if given else 0
+    last_turn = list(sample.response_ids)[given[-1] + 1 if given else 0 :]
+    return tokenizer.decode(last_turn, skip_special_tokens=True)
