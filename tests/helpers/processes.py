@@ -3,8 +3,10 @@ Megatron-Core and this project once, where `python -m` and spawned processes imp
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import random
 import runpy
 import signal
 import socket
@@ -124,9 +126,13 @@ def _end(process: Any) -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below those that the kernel gives out by itself: between here and the rank that listens, no
+    connection of another process takes it."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def _run(module: str, argv: list[str], environment: Mapping[str, str], texts: list[Path]) -> None:
