@@ -46,6 +46,7 @@ CHARTS = (
             "eval/reverse_kl": "held-out reverse KL",
             "eval/reverse_kl_lower_bound": "held-out reverse KL, at least",
             "eval/reverse_kl_estimate": "held-out reverse KL, estimated",
+            "loss/estimator": "training loss, estimator",
         },
     ),
     Chart(

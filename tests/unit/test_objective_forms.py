@@ -23,6 +23,7 @@ from tests.unit.test_objective_signals import SAMPLER_TEMPERATURE, Case, V, buck
 ADVANTAGES = torch.tensor([0.0, 1.5, -2.0, 0.0, -0.7, 0.4, 0.0])
 COMPILES = pytest.mark.skipif(not backends.can_compile(), reason="torch.compile does not work here")
 BONUS = 0.3
+Q3 = LossConfig(selection="q3", selection_ratio=0.5)
 
 
 def make_case(seed: int = 0) -> Case:
@@ -186,7 +187,7 @@ def test_what_the_forms_refuse():
         (LossConfig(), foreign, TokenSignal, "1 tokens that the student did not sample"),
         (LossConfig(objective="estimator"), case.batch, TopKSignal, "not among the teacher's 3"),
         (LossConfig(objective="estimator", temperature=0.5), case.batch, TokenSignal, "0.5 with"),
-        (LossConfig(selection="q3"), case.batch, TokenSignal, "which is no divergence"),
+        (Q3, case.batch, TokenSignal, "which is no divergence"),
     ):
         objective = Objective(config, V, 1.0, None)
         with pytest.raises(ConfigError, match=message):
