@@ -162,10 +162,12 @@ def read_prompts(
     Raises:
         MegaOPDError: what is wrong with the data.
     """
+    from megaopd.credit import CreditAssignment
     from megaopd.data.prompts import load_prompts
     from megaopd.data.responses import ResponseForm
     from megaopd.data.tokenizer import stop_token_ids, template_options
     from megaopd.data.tool_template import ToolTemplate
+    from megaopd.rewards import check_answers, find_reward
     from megaopd.rollout.agent import tool_schemas
     from megaopd.rollout.recorded import RecordedEngine
 
@@ -186,13 +188,17 @@ def read_prompts(
     num_overlong_eval = 0
     if config.data.eval:
         eval_set = load_prompts(config.data.eval, config.data, tokenizer, routed, tools)
-        eval_prompts, num_overlong_eval = eval_set.prompts, eval_set.num_overlong
+        eval_prompts = eval_set.prompts[: config.eval.num_prompts or None]
+        num_overlong_eval = eval_set.num_overlong
+    check_answers(eval_prompts, find_reward(config.eval.reward))
+    if CreditAssignment(config, lambda samples: ()).needs_rewards:
+        check_answers(train_set.prompts, find_reward(config.credit.reward or config.eval.reward))
     return Inputs(
         student_arch,
         teacher_archs,
         tokenizer,
         train_set.prompts,
-        eval_prompts[: config.eval.num_prompts or None],
+        eval_prompts,
         train_set.num_overlong,
         SamplingParams(
             max_new_tokens=rollout.max_new_tokens,

@@ -52,13 +52,15 @@ def main(argv: list[str]) -> None:
     ks = check(args)
     from megaopd.data.tokenizer import load_tokenizer, stop_token_ids
     from megaopd.models.arch import read_arch
-    from megaopd.rewards import find_reward
+    from megaopd.rewards import check_answers, find_reward
     from megaopd.storage.steps import hf_directory
 
-    find_reward(args.reward, "--reward")
+    reward = find_reward(args.reward, "--reward")
     arch = read_arch(hf_directory(args.model))
     tokenizer = load_tokenizer(args.model)
     questions = _questions(args, arch, tokenizer)
+    for q in questions:
+        check_answers(q.prompts, reward)
     params = SamplingParams(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from megaopd.batch import Prompt
 from megaopd.config_schema import nearest
-from megaopd.errors import ConfigError
+from megaopd.errors import ConfigError, DataError, MegaOPDError
 from megaopd.protocols import Reward
 from megaopd.rewards.math_answer import math_answer
 from megaopd.rewards.own import is_own, load_own
@@ -39,3 +42,21 @@ def find_reward(name: str, key: str = "eval.reward") -> Reward:
             key, f"no {name!r}", f"{guess}choose one of {', '.join(REWARDS)} or path.py:function"
         )
     return REWARDS[name]
+
+
+def check_answers(prompts: Sequence[Prompt], reward: Reward) -> None:
+    """Says now what would end the run at its first score.
+
+    Raises:
+        DataError: a prompt has no answer, and the reward needs one.
+    """
+    without = next((prompt for prompt in prompts if prompt.answer is None), None)
+    if without is None:
+        return
+    try:
+        reward("", None)
+    except DataError as error:
+        found = "has no answer, and the reward needs one"
+        raise DataError(f"prompt {without.prompt_id}", found, error.parts[2]) from error
+    except MegaOPDError:
+        pass  # one of the user's own, which nobody asked for an empty response

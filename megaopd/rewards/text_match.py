@@ -45,6 +45,8 @@ def required(answer: str | None) -> str:
     """
     if answer is None:
         raise DataError(
-            "answer", "a prompt has none, and the reward needs one", "add it, or use reward zero"
+            "answer",
+            "a prompt has none, and the reward needs one",
+            "name its column, or take the reward zero",
         )
     return answer.strip()

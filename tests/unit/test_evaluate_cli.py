@@ -226,6 +226,15 @@ def test_arguments_that_make_no_sense(model, data, tmp_path, words: str, message
     assert not (tmp_path / "out").exists()
 
 
+def test_answers_that_are_missing(model, tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"id": "a", "prompt": "x", "answer": "1"}\n{"id": "b", "prompt": "y"}\n')
+    with pytest.raises(DataError, match="prompt b: has no answer, and the reward needs one; name"):
+        run(model, path, tmp_path / "out", "--reward", "exact_match")
+    assert not (tmp_path / "out").exists()
+    run(model, path, tmp_path / "out", "--reward", "format")
+
+
 def test_a_model_that_is_none(data, tmp_path):
     with pytest.raises(MegaOPDError, match="config.json"):
         run(tmp_path, data, tmp_path / "out")
