@@ -26,6 +26,8 @@ def line_chart(
     y_range: tuple[float, float] | None = None,
     references: Mapping[str, float] | None = None,
     x_title: str = "step",
+    bands: Mapping[str, Sequence[tuple[int, float, float]]] | None = None,
+    log_x: bool = False,
 ) -> str:
     """Lines over steps; a line breaks where a value is not finite.
 
@@ -34,6 +36,8 @@ def line_chart(
         y_title: quantity and unit.
         y_range: fixed lower and upper end; None spans the values, from 0 where they are near it.
         references: label -> value of dashed horizontal lines.
+        bands: label -> (step, lower, upper) of the area around a line of that label.
+        log_x: a logarithmic axis; all steps are positive.
     """
     references = references or {}
     thinned = {label: _thin(points, MAX_POINTS) for label, points in series.items()}
@@ -43,8 +47,17 @@ def line_chart(
         y_range or _span([*finite, *references.values()]),
         y_title,
         x_title,
+        log_x,
     )
     parts = [frame.axes()]
+    for number, label in enumerate(thinned):
+        area = (bands or {}).get(label, ())
+        edge = [(x, high) for x, _, high in area] + [(x, low) for x, low, _ in reversed(area)]
+        corners = " ".join(f"{frame.x(x)},{frame.y(y)}" for x, y in edge)
+        if corners:
+            parts.append(
+                f'<polygon fill="{_colour(number)}" fill-opacity="0.15" points="{corners}"/>'
+            )
     for label, value in references.items():
         y = frame.y(value)
         parts.append(
@@ -127,15 +140,22 @@ class _Frame:
     """The plane of a chart: from steps and values to coordinates."""
 
     def __init__(
-        self, steps: Iterable[int], y_range: tuple[float, float], y_title: str, x_title: str
+        self,
+        steps: Iterable[int],
+        y_range: tuple[float, float],
+        y_title: str,
+        x_title: str,
+        log_x: bool = False,
     ) -> None:
         self.steps = sorted(set(steps)) or [0]
         self.x_low, self.x_high = self.steps[0], max(self.steps[-1], self.steps[0] + 1)
         self.y_low, self.y_high = y_range
-        self.y_title, self.x_title = y_title, x_title
+        self.y_title, self.x_title, self.log_x = y_title, x_title, log_x
 
     def x(self, step: float) -> float:
         share = (step - self.x_low) / (self.x_high - self.x_low)
+        if self.log_x:
+            share = math.log(step / self.x_low) / math.log(self.x_high / self.x_low)
         return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
 
     def y(self, value: float) -> float:
@@ -152,7 +172,7 @@ class _Frame:
                 f"{format_number(value)}</text>"
             )
         base = HEIGHT - BOTTOM
-        for value in ticks(self.x_low, self.x_high, 6, integer=True):
+        for value in self._x_ticks():
             x = self.x(value)
             parts.append(
                 f'<line class="axis" x1="{x}" x2="{x}" y1="{base}" y2="{base + 4}"/>'
@@ -166,6 +186,13 @@ class _Frame:
             f'<text class="tick" x="4" y="11">{escape(self.y_title)}</text>'
         )
         return "".join(parts)
+
+    def _x_ticks(self) -> list[float]:
+        if not self.log_x:
+            return ticks(self.x_low, self.x_high, 6, integer=True)
+        powers = range(math.floor(math.log10(self.x_low)), math.ceil(math.log10(self.x_high)) + 1)
+        rounds = (10.0**power * m for power in powers for m in (1, 2, 5))
+        return [value for value in rounds if self.x_low <= value <= self.x_high]
 
     def hover(self, values: Mapping[str, Mapping[int, float]]) -> str:
         """One invisible column per step whose tooltip lists every series' value there."""
