@@ -41,14 +41,18 @@ def test_ratios_compare_the_same_seed() -> None:
         "slow": [points([0.0, 1.0], 100), points([0.0, 1.0], 400)],
         "never": [points([0.0, 1.0], 10), points([0.0, 0.4], 10)],
     }
-    found = figures(curves, against="slow")
+    found = figures(curves, against="slow", targets=(0.5, 0.8))
     assert found["fast"]["less"]["0.5 tokens"] == pytest.approx((10, 10, 10))
     assert found["slow"]["less"]["0.5 tokens"][0] == pytest.approx(1)
     assert found["never"]["reached"] == {0.5: 1, 0.8: 1}
-    rows = table("cost", found, 2)
+    rows = table("cost", found, "slow", (0.5, 0.8), 2)
     assert [row[0] for row in rows] == ["cost", "fast", "slow", "never"]
     assert all(len(row) == len(rows[0]) for row in rows)
     assert "1 of 2 got there" in rows[3]
+    # The second seed of `never` spent 10 and was not there: `slow`, at 200, has at least 10 / 200.
+    bounded = figures(curves, against="never", targets=(0.5,))
+    assert bounded["slow"]["bound"]["0.5 tokens"]
+    assert bounded["slow"]["less"]["0.5 tokens"][0] == pytest.approx((5 / 50 * 10 / 200) ** 0.5)
 
 
 def test_a_logarithmic_axis_gives_equal_room_to_equal_ratios() -> None:

@@ -14,8 +14,6 @@ from typing import Any
 from megaopd.report_page import write_page
 from megaopd.report_svg import legend, line_chart
 
-# What is asked of each contender: what it took to get this far.
-TARGETS = (0.5, 0.8)
 # Fields of `Point`, and what they are called.
 COSTS = {"tokens": "student tokens", "flops": "student FLOPs", "seconds": "seconds"}
 # Two-sided 95 % of Student's t by degrees of freedom.
@@ -64,18 +62,21 @@ def ratio(values: Sequence[float]) -> tuple[float, float, float]:
     return math.exp(mean), math.exp(low), math.exp(high)
 
 
-def figures(curves: Mapping[str, Sequence[Sequence[Point]]], against: str) -> dict[str, Any]:
+def figures(
+    curves: Mapping[str, Sequence[Sequence[Point]]], against: str, targets: Sequence[float]
+) -> dict[str, Any]:
     """The figures of recipes that are compared.
 
     Args:
         curves: of each recipe, one per seed, the seeds in the same order.
         against: the one that the others are measured by.
+        targets: accuracies.
 
     Returns:
         Per recipe (mean, low, high) over the seeds of `start`, `final` and `mean` accuracy (the
         last over the evaluations after the start) and of `reverse_kl` at the end; and by target
         and cost how many seeds got there (`reached`), what it took (`to`) and how many times less
-        than `against` took (`less`).
+        than `against` took (`less`), at least so many where it did not get there (`bound`).
     """
     found: dict[str, Any] = {}
     for name, seeds in curves.items():
@@ -86,15 +87,20 @@ def figures(curves: Mapping[str, Sequence[Sequence[Point]]], against: str) -> di
             "reverse_kl": interval([points[-1].reverse_kl for points in seeds]),
             "to": {},
             "less": {},
+            "bound": {},
             "reached": {},
         }
-        for target in TARGETS:
+        for target in targets:
             row["reached"][target] = sum(spent(s, target, "tokens") < math.inf for s in seeds)
             for cost in COSTS:
                 mine = [spent(points, target, cost) for points in seeds]
                 theirs = [spent(points, target, cost) for points in curves[against]]
+                # Whoever did not get there needs more than all that was spent.
+                total = [float(getattr(points[-1], cost)) for points in curves[against]]
+                least = [min(pair) for pair in zip(theirs, total, strict=True)]
                 row["to"][f"{target} {cost}"] = interval(mine)
-                row["less"][f"{target} {cost}"] = _times_less(theirs, mine)
+                row["less"][f"{target} {cost}"] = _times_less(least, mine)
+                row["bound"][f"{target} {cost}"] = math.inf in theirs
         found[name] = row
     return found
 
@@ -116,24 +122,26 @@ def _shown(values: Sequence[float], digits: int = 3) -> str:
     return f"{mean:.{digits}g} [{low:.{digits}g}, {high:.{digits}g}]"
 
 
-def table(name: str, found: Mapping[str, Any], num_seeds: int) -> list[list[str]]:
+def table(
+    name: str, found: Mapping[str, Any], against: str, targets: Sequence[float], num_seeds: int
+) -> list[list[str]]:
     """Rows of text, the header first."""
     columns = ["accuracy at the start", "at the end", "mean on the way", "reverse KL at the end"]
     header = [name, *columns]
-    costs = list(COSTS) if name == "cost" else []
-    for target in TARGETS:
-        for cost in costs:
+    for target in targets:
+        for cost in COSTS:
             header += [f"{COSTS[cost]} to {target}", "times less"]
     rows = [header]
     for recipe, row in found.items():
         cells = [recipe, *(_shown(row[k]) for k in ("start", "final", "mean", "reverse_kl"))]
-        for target in TARGETS:
-            for cost in costs:
+        for target in targets:
+            for cost in COSTS:
                 key = f"{target} {cost}"
                 reached = row["reached"][target]
                 missed = f"{reached} of {num_seeds} got there"
                 cells.append(_shown(row["to"][key]) if reached == num_seeds else missed)
-                cells.append(_shown(row["less"][key]))
+                at_least = ">= " if row["bound"][key] else ""
+                cells.append("-" if recipe == against else at_least + _shown(row["less"][key]))
         rows.append(cells)
     return rows
 
