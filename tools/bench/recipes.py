@@ -38,6 +38,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 from recipe_figures import COSTS, Point, chart, figures, table, write_report
@@ -190,8 +191,11 @@ def _run(arguments: Sequence[str]) -> None:
     subprocess.run(arguments, check=True, cwd=ROOT, env=env)
 
 
-def train(recipe: Recipe, seed: int, out: Path, run_dir: Path) -> None:
+def train(recipe: Recipe, seed: int, out: Path, run_dir: Path, cores: Queue[set[int]]) -> None:
     """One run, unless it is there already.
+
+    Args:
+        cores: sets of cores that nobody uses; it takes one for as long as it runs.
 
     Raises:
         SystemExit: it failed; its output is in run_dir.log.
@@ -199,12 +203,22 @@ def train(recipe: Recipe, seed: int, out: Path, run_dir: Path) -> None:
     if (run_dir / "summary.json").exists():
         return
     run_dir.mkdir(parents=True, exist_ok=True)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     log = run_dir.with_suffix(".log")
-    with log.open("w") as file:
-        status = subprocess.run(
-            command(recipe, seed, out, run_dir), cwd=ROOT, env=env, stdout=file, stderr=file
-        ).returncode
+    own = cores.get()
+    try:
+        with log.open("w") as file:
+            status = subprocess.run(
+                command(recipe, seed, out, run_dir),
+                cwd=ROOT,
+                env=env,
+                stdout=file,
+                stderr=file,
+                # A trainer has as many threads as it has cores.
+                preexec_fn=lambda: os.sched_setaffinity(0, own),
+            ).returncode
+    finally:
+        cores.put(own)
     if status:
         raise SystemExit(f"error: {run_dir.name}: status {status}; read {log}")
 
@@ -259,7 +273,7 @@ def main() -> None:
     )
     parser.add_argument("--only", default=",".join(CONTESTS), help="contests (default: all)")
     parser.add_argument("--seeds", default="1,2,3")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, a thread each")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores")
     parser.add_argument("--out", type=Path, default=ROOT / ".bench/recipes", metavar="DIR")
     args = parser.parse_args()
     names = args.only.split(",")
@@ -281,8 +295,14 @@ def main() -> None:
                     out / f"{_first_name(recipe)}-{seed}",
                 )
     todo = {run[2]: run for run in runs.values()}
+    every = sorted(os.sched_getaffinity(0))
+    cores: Queue[set[int]] = Queue()
+    for job in range(args.jobs):
+        cores.put(set(every[job :: args.jobs]))
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(todo), unit="run") as progress:
-        futures = [pool.submit(train, recipe, seed, out, at) for recipe, seed, at in todo.values()]
+        futures = [
+            pool.submit(train, recipe, seed, out, at, cores) for recipe, seed, at in todo.values()
+        ]
         for future in futures:
             future.result()
             progress.update()
