@@ -251,6 +251,8 @@ if __name__ == "__main__":
     if sys.argv[2] == "stall":
         saving.copy_companions = stall
     Model(folder / "model", ParallelConfig()).save(folder / "checkpoints", overwrite=True)
+    # Gloo's threads abort a process that ends before them.
+    dist.destroy_process_group()
 """
 
 

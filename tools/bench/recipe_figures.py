@@ -140,7 +140,7 @@ def table(
                 reached = row["reached"][target]
                 missed = f"{reached} of {num_seeds} got there"
                 cells.append(_shown(row["to"][key]) if reached == num_seeds else missed)
-                at_least = ">= " if row["bound"][key] else ""
+                at_least = ">= " if row["bound"][key] and reached == num_seeds else ""
                 cells.append("-" if recipe == against else at_least + _shown(row["less"][key]))
         rows.append(cells)
     return rows
