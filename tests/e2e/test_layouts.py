@@ -97,7 +97,7 @@ teacher: {{path: {DEMO}/teacher, dtype: fp32}}
 data: {{train: {DEMO}/sequence/train.jsonl, max_prompt_tokens: 64}}
 rollout: {{max_new_tokens: 4}}
 optimizer: {{lr: 2.0e-6, warmup_steps: 2}}
-train: {{num_steps: {STEPS}, global_batch_size: 8, micro_batch_size: 8, export: false}}
+train: {{num_steps: {STEPS}, global_batch_size: 4, micro_batch_size: 4, export: false}}
 log: {{tensorboard: false}}
 """
     )
