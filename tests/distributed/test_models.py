@@ -194,6 +194,7 @@ def test_one_rank(tmp_path):
     _run(cases)
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path):
     cases = []
     for family, paths in _models(tmp_path).items():

@@ -17,9 +17,10 @@ import torch
 
 from tests.helpers.tiny_models import ROPE_VARIANTS, make_tiny_model
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="with CUDA there is nothing to adapt"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA there is nothing to adapt"),
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -38,6 +38,7 @@ def compare(
     assert relative_error(other_grad, eager_grad.double()) < tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not backends.can_compile(), reason="torch.compile does not work here")
 def test_compiled_agrees_for_any_number_of_tokens():
     for num_tokens in (5, 9, 2):
