@@ -280,7 +280,12 @@ def main() -> None:
     unknown = [name for name in names if name not in CONTESTS]
     if unknown:
         raise SystemExit(f"error: --only: no {unknown[0]!r}; choose of {', '.join(CONTESTS)}")
+    if not all(seed.isdigit() for seed in args.seeds.split(",")):
+        raise SystemExit(f"error: --seeds: found {args.seeds}; write numbers, as in 1,2,3")
     seeds = [int(seed) for seed in args.seeds.split(",")]
+    every = sorted(os.sched_getaffinity(0))
+    if not 1 <= args.jobs <= len(every):
+        raise SystemExit(f"error: --jobs: found {args.jobs}; choose 1 to {len(every)}, the cores")
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     prepare(out)
@@ -295,7 +300,6 @@ def main() -> None:
                     out / f"{_first_name(recipe)}-{seed}",
                 )
     todo = {run[2]: run for run in runs.values()}
-    every = sorted(os.sched_getaffinity(0))
     cores: Queue[set[int]] = Queue()
     for job in range(args.jobs):
         cores.put(set(every[job :: args.jobs]))

@@ -105,10 +105,9 @@ def peak(options: argparse.Namespace, selection: str, ratio: float) -> int:
     command = [sys.executable, __file__, "--peak-of", selection, str(ratio)]
     command += ["--device", options.device]
     command += ["--tokens", str(options.tokens), "--vocab", str(options.vocab)]
-    kept = {k: v for k, v in os.environ.items() if k not in measure.TIME_ALLOCATOR}
     done = subprocess.run(
         command,
-        env={**kept, **measure.MEMORY_ALLOCATOR},
+        env=measure.memory_environment(),
         stdout=subprocess.PIPE,
         text=True,
         check=True,

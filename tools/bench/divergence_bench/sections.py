@@ -4,7 +4,6 @@ parallelism, and peak memory in processes of its own."""
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -173,10 +172,9 @@ def memory(options: argparse.Namespace, section: str, dtype: str, kind: str, nam
     command = [sys.executable, sys.argv[0], "--memory-of", section, dtype, kind, name]
     command += ["--device", options.device]
     command += ["--tokens", str(options.tokens), "--vocab", str(options.vocab)]
-    kept = {k: v for k, v in os.environ.items() if k not in measure.TIME_ALLOCATOR}
     done = subprocess.run(
         command,
-        env={**kept, **measure.MEMORY_ALLOCATOR},
+        env=measure.memory_environment(),
         capture_output=True,
         text=True,
         check=False,
