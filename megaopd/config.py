@@ -16,6 +16,7 @@ from typing import Literal
 from megaopd.config_compose import compose
 from megaopd.config_credit import CreditConfig
 from megaopd.config_lora import LoraConfig
+from megaopd.config_reliability import CheckpointConfig, DeadlineConfig, GuardConfig
 from megaopd.config_rollout import AgentConfig, MixtureConfig, RolloutConfig, SGLangConfig
 from megaopd.config_schema import build, to_markdown, to_yaml
 from megaopd.config_validate import validate, validate_models
@@ -23,8 +24,11 @@ from megaopd.errors import run_cli
 
 __all__ = [
     "AgentConfig",
+    "CheckpointConfig",
     "Config",
     "CreditConfig",
+    "DeadlineConfig",
+    "GuardConfig",
     "MixtureConfig",
     "RolloutConfig",
     "SGLangConfig",
@@ -286,6 +290,9 @@ class TrainConfig:
     phase, and the student's weights while an engine generates."""
     max_skipped_steps: int = 3
     """Steps in a row with a non-finite loss or gradient that end the run."""
+    max_wall_time: str = ""
+    """Longest time of the process as [DAYS-]HH:MM:SS; then it saves a checkpoint and exits with
+    status 75, to be started again. Empty sets no limit."""
     export: bool = True
     """Write the student as a Hugging Face directory (run.dir/hf) at the end, LoRA adapters merged
     into it; these also by themselves in PEFT's format (run.dir/adapter)."""
@@ -327,6 +334,12 @@ class LogConfig:
     """Weights & Biases project; empty logs nothing there."""
     num_report_samples: int = 8
     """Samples shown before and after in report.html."""
+    report_interval: int = 10
+    """Refresh report.html every so many steps; 0 writes it at the end alone."""
+    prometheus_port: int = 0
+    """Port of rank 0 for the newest metrics as Prometheus text, /metrics; 0 serves none."""
+    prometheus_host: str = "127.0.0.1"
+    """Address to serve them on: loopback, or the job's private interface."""
 
 
 @dataclass(frozen=True)
@@ -345,6 +358,9 @@ class Config:
     credit: CreditConfig = field(default_factory=CreditConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    deadline: DeadlineConfig = field(default_factory=DeadlineConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
 

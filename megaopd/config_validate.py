@@ -39,7 +39,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             *("rollout.sglang.progress_timeout_s", "rollout.sglang.health_interval_s"),
             *("rollout.sglang.start_timeout_s", "rollout.agent.max_turns"),
             *("rollout.agent.tool_timeout_s", "rollout.agent.max_tool_tokens"),
-            *("student.lora.rank", "student.lora.alpha"),
+            *("student.lora.rank", "student.lora.alpha", "deadline.silence_s"),
+            *("checkpoint.keep_last", "guard.window"),
         ),
     ),
     (
@@ -53,7 +54,11 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             *("student.router_aux_loss_coef", "teacher.top_k", "rollout.max_staleness"),
             *("rollout.sglang.max_tokens_in_flight", "rollout.sglang.max_retries"),
             *("rollout.sglang.max_restarts", "loss.entropy_coef", "loss.clip_high"),
-            *("credit.paced_a", "credit.paced_b"),
+            *("credit.paced_a", "credit.paced_b", "log.report_interval", "log.prometheus_port"),
+            *("checkpoint.interval", "checkpoint.keep_every", "guard.patience"),
+            *("guard.loss_spike", "guard.mismatch_kl", "deadline.start_s", "deadline.rollout_s"),
+            *("deadline.teacher_s", "deadline.student_s", "deadline.weight_sync_s"),
+            *("deadline.eval_s", "deadline.checkpoint_s"),
         ),
     ),
     (

@@ -63,6 +63,13 @@ class RolloutError(MegaOPDError):
     agreed = True
 
 
+class StopRequested(MegaOPDError):
+    """A signal or the time limit ended the run before its last step; it is to be started again."""
+
+    exit_status = 75
+    agreed = True
+
+
 def run_cli(main: Callable[[list[str]], None], argv: list[str]) -> None:
     """Runs `main(argv)`; turns a `MegaOPDError` into one line and its exit status.
 
@@ -78,7 +85,8 @@ def run_cli(main: Callable[[list[str]], None], argv: list[str]) -> None:
         if debug:
             raise
         if os.environ.get("RANK", "0") == "0" or (_in_process_group() and not error.agreed):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            kind = "stopped" if isinstance(error, StopRequested) else "error"
+            print(f"{kind}: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(error.exit_status)
 

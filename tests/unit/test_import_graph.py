@@ -26,7 +26,8 @@ LAYERS = (
     ("storage",),
     (
         "config config_compose config_credit config_layouts config_loss config_lora config_mixture"
-        " config_rollout config_schema config_servers config_teachers config_validate",
+        " config_reliability config_rollout config_schema config_servers config_teachers"
+        " config_validate",
         "batch",
     ),
     ("parallel.layout",),
