@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -13,14 +13,33 @@ from megaopd.batch import PackedBatch, Prompt, Sample, SamplingParams, TeacherSi
 
 
 class PendingRollout(Protocol):
-    """A rollout under way."""
+    """A rollout under way. Every method is collective.
+
+    The engine's `metrics` are those of this rollout once `result` or `take` has given its samples,
+    until another rollout's are given.
+    """
 
     def result(self) -> list[Sample]:
-        """Waits for the samples, as `RolloutEngine.generate` returns them; called once. Collective.
+        """Waits for the samples, as `RolloutEngine.generate` returns them; called once.
 
         Raises:
             RolloutError: on every rank alike: the engine cannot answer.
+            StopRequested: on every rank alike: the run is to stop; the rollout is given up.
         """
+        ...
+
+    def take(self) -> list[Sample] | None:
+        """The samples if all of them are there already, without waiting; `result` gives the same
+        ones afterwards.
+
+        None, on every rank alike, where some are not there, the engine cannot answer (`result`
+        says why), or it samples only when the result is asked for.
+        """
+        ...
+
+    def give_up(self) -> None:
+        """Ends the rollout, for good: nobody asks for its samples any more, and when this returns
+        nothing of it holds memory of the trainer's device. Nothing where it has ended already."""
         ...
 
 
@@ -51,6 +70,7 @@ class RolloutEngine(Protocol):
 
         Raises:
             RolloutError: on every rank alike: the engine cannot answer.
+            StopRequested: on every rank alike: the run is to stop; the rollout is given up.
         """
         ...
 
@@ -170,6 +190,41 @@ class WeightSync(Protocol):
         Raises:
             RolloutError: on every rank alike: the engine cannot take them.
         """
+        ...
+
+
+class Checkpoints(Protocol):
+    """Keeps a run, so that it can go on later. Every method is collective.
+
+    Attributes:
+        newest: step of the newest complete checkpoint, None where there is none.
+        metrics: name -> value, of the last one, equal on every rank.
+    """
+
+    newest: int | None
+    metrics: dict[str, float]
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Begins to save the run as it is; what it is made of may change when this returns.
+
+        Args:
+            state: JSON-compatible, equal on every rank.
+
+        Raises:
+            CheckpointError, EnvironmentFault: on every rank alike: it cannot be written.
+        """
+        ...
+
+    def poll(self) -> None:
+        """Completes what is under way, if every rank has written its share.
+
+        Raises:
+            CheckpointError, EnvironmentFault: as above.
+        """
+        ...
+
+    def finish(self) -> None:
+        """Waits until all that is under way is complete."""
         ...
 
 

@@ -20,3 +20,9 @@ class DeferredRollout:
 
     def result(self) -> list[Sample]:
         return self.engine.generate(self.prompts, self.params)
+
+    def take(self) -> None:
+        """Nothing is there before the result is asked for."""
+
+    def give_up(self) -> None:
+        """Nothing is under way."""

@@ -138,9 +138,29 @@ class MixedRollout:
 
         Raises:
             RolloutError: on every rank alike: an engine cannot answer.
+            StopRequested: on every rank alike: the run is to stop. What other engines were asked
+                is given up by `give_up`.
         """
+        return self._ordered([rollout.result() for rollout in self.pending])
+
+    def take(self) -> list[Sample] | None:
+        """The same, if every engine has answered."""
+        answers: list[Sequence[Sample]] = []
+        for rollout in self.pending:
+            samples = rollout.take()
+            if samples is None:
+                return None
+            answers.append(samples)
+        return self._ordered(answers)
+
+    def give_up(self) -> None:
+        """Of every engine."""
+        for rollout in self.pending:
+            rollout.give_up()
+
+    def _ordered(self, answers: Sequence[Sequence[Sample]]) -> list[Sample]:
         found: dict[str, list[Sample]] = {}
-        for sample in [*self.given, *(s for rollout in self.pending for s in rollout.result())]:
+        for sample in [*self.given, *(s for samples in answers for s in samples)]:
             found.setdefault(sample.prompt.prompt_id, []).append(sample)
         return [
             self._attributed(prompt, sample)

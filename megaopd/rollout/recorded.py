@@ -138,7 +138,7 @@ class RecordedEngine:
             )
         try:
             row = json.loads(line)
-            samples = [_sample(fields) for fields in row["samples"]]
+            samples = [sample_of(fields) for fields in row["samples"]]
             return row["step"], set(row["set_aside"]), samples
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
@@ -148,7 +148,7 @@ class RecordedEngine:
             ) from error
 
 
-def _sample(fields: dict[str, Any]) -> Sample:
+def sample_of(fields: dict[str, Any]) -> Sample:
     prompt = dict(fields["prompt"])
     for key in ("token_ids", "teacher_token_ids"):
         if prompt.get(key) is not None:

@@ -27,6 +27,7 @@ class BackgroundEngine:
     Attributes:
         events: what happened in which order, e.g. ("start", 0), ("load", 1).
         asked: the parameters of every rollout, in order of the starts.
+        rollouts: all that were started, in order.
         missed: by how many versions the samples' weights are behind the engine's, as on a server
             that missed updates.
         set_aside: ids of prompts that get no sample.
@@ -40,24 +41,25 @@ class BackgroundEngine:
         self.missed = 0
         self.set_aside: set[str] = set()
         self.changed = threading.Condition()
-        self._rollouts: list[BackgroundRollout] = []
+        self.rollouts: list[BackgroundRollout] = []
 
     def load_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
-        for rollout in self._rollouts:
+        rollouts = [rollout for rollout in self.rollouts if not rollout.given_up]
+        for rollout in rollouts:
             self.wait_for(lambda r=rollout: len(r.token_versions) >= NUM_TOKENS // 2)
         with self.changed:
             self.weight_version = version
             self.events.append(("load", version))
             self.changed.notify_all()
-        for rollout in self._rollouts:
+        for rollout in rollouts:
             self.wait_for(lambda r=rollout: len(r.token_versions) == NUM_TOKENS)
 
     def start(self, prompts: Sequence[Prompt], params: SamplingParams) -> BackgroundRollout:
         with self.changed:
             self.events.append(("start", len(self.asked)))
             self.asked.append(params)
-        self._rollouts.append(BackgroundRollout(self, prompts, params))
-        return self._rollouts[-1]
+        self.rollouts.append(BackgroundRollout(self, prompts, params))
+        return self.rollouts[-1]
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Sample]:
         return self.start(prompts, params).result()
@@ -79,6 +81,7 @@ class BackgroundRollout:
         self.engine, self.prompts, self.params = engine, prompts, params
         self.token_versions: list[int] = []
         self.start_version, self.wanted = engine.weight_version, False
+        self.given_up = False
         self._thread = threading.Thread(target=self._sample_all, daemon=True)
         self._thread.start()
 
@@ -91,6 +94,8 @@ class BackgroundRollout:
                     lambda: self.wanted or engine.weight_version > self.start_version, TIMEOUT_S
                 ):
                     return
+                if self.given_up:
+                    return
                 self.token_versions.append(engine.weight_version - engine.missed)
                 engine.changed.notify_all()
 
@@ -100,6 +105,21 @@ class BackgroundRollout:
             self.wanted = True
             engine.changed.notify_all()
         self._thread.join(TIMEOUT_S)
+        return self._samples()
+
+    def take(self) -> list[Sample] | None:
+        return None if len(self.token_versions) < NUM_TOKENS else self._samples()
+
+    def give_up(self) -> None:
+        engine = self.engine
+        with engine.changed:
+            engine.events.append(("give up", engine.rollouts.index(self)))
+            self.given_up = self.wanted = True
+            engine.changed.notify_all()
+        self._thread.join(TIMEOUT_S)
+
+    def _samples(self) -> list[Sample]:
+        engine = self.engine
         assert len(self.token_versions) == NUM_TOKENS
         kept = [p for p in self.prompts if p.prompt_id not in engine.set_aside]
         engine.metrics = {"rollout/set_aside": float(len(self.prompts) - len(kept))}

@@ -149,6 +149,19 @@ def check_rollouts_under_way(case: Case) -> None:
     assert all(isinstance(value, float) for value in case.engine.metrics.values())
 
 
+def check_samples_are_taken_when_they_are_there(case: Case) -> None:
+    """Taking them waits for nothing and changes nothing; what is given up is out of the way."""
+    expected = case.engine.generate(PROMPTS[:2], GREEDY)
+    kept, given_up = (case.engine.start(PROMPTS[:2], GREEDY) for _ in range(2))
+    assert kept.take() in (None, expected)
+    given_up.give_up()
+    given_up.give_up()
+    assert given_up.take() in (None, expected)
+    assert kept.result() == expected
+    kept.give_up()
+    assert case.engine.generate(PROMPTS[:2], GREEDY) == expected
+
+
 def check_nothing_to_do(case: Case) -> None:
     assert case.engine.generate([], PARAMS) == []
 

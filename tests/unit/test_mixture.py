@@ -17,6 +17,7 @@ from megaopd.parallel.layout import Layout
 from megaopd.rollout.deferred import DeferredRollout
 from megaopd.rollout.mixture import SOURCES, Mixture, authors, counts, mixture_metrics
 from megaopd.rollout.recorded import RecordedEngine, SampleRecorder
+from tests.helpers.background_engine import BackgroundEngine
 
 EOS = 0
 PARAMS = SamplingParams(max_new_tokens=4, n=1, stop_token_ids=(EOS,), seed=5)
@@ -155,6 +156,28 @@ def test_every_author_answers_its_own():
     mixture.close()
     assert all(engine.closed for engine in teachers.values())
     assert not student.closed
+
+
+def test_samples_are_taken_when_every_author_is_done():
+    shares = MixtureConfig(0.5, 0.0)
+    student = BackgroundEngine()
+    student.load_weights(iter([]), version=0)
+    mixture, _, _ = make(shares, student)
+    rollout = mixture.start(1, PROMPTS, PARAMS)
+    assert rollout.take() is None
+    student.load_weights(iter([]), version=1)
+    taken = rollout.take()
+    assert [s.prompt for s in taken] == PROMPTS
+    assert [s.source for s in taken] == authors(1, 8, shares, seed=1)
+    assert rollout.result() == taken
+
+    mixture, _, _ = make(MixtureConfig(0.5, 0.25), student)
+    rollout = mixture.start(1, PROMPTS, PARAMS)
+    student.load_weights(iter([]), version=2)
+    # A teacher in these processes samples when the result is asked for.
+    assert rollout.take() is None
+    rollout.give_up()
+    assert student.events[-1] == ("give up", 1)
 
 
 def test_several_samples_of_a_prompt_have_one_author():

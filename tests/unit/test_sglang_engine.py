@@ -143,6 +143,54 @@ def test_rollouts_in_the_background(engine, servers):
         assert_right(rollout.result(), [prompt])
 
 
+def test_samples_are_taken_when_all_are_there(engine, servers):
+    engine.load_weights(iter([]), version=1)
+    for server in servers:
+        server.delay_s = 0.03
+    first, second = (engine.start(prompts, PARAMS) for prompts in (PROMPTS[:2], PROMPTS))
+    assert first.take() is None
+    assert_right(first.result(), PROMPTS[:2])
+    # Of the result, however often it is taken; the counters do not count twice.
+    metrics = dict(engine.metrics)
+    engine.metrics = {}
+    assert_right(first.take(), PROMPTS[:2])
+    assert engine.metrics == metrics
+    until = time.monotonic() + 10
+    while (taken := second.take()) is None and time.monotonic() < until:
+        time.sleep(0.01)
+    assert_right(taken)
+    assert second.result() == taken
+
+
+def test_a_failed_rollout_has_nothing_to_take(engine, servers):
+    engine.load_weights(iter([]), version=1)
+    servers[0].always = servers[1].always = "nan"
+    rollout = engine.start(PROMPTS, PARAMS)
+    with pytest.raises(RolloutError, match="non-finite"):
+        rollout.result()
+    assert rollout.take() is None
+
+
+def test_a_rollout_that_is_given_up_leaves_its_servers(engine, servers):
+    engine.load_weights(iter([]), version=1)
+    for server in servers:
+        server.always = "hang"
+    rollout, other = (engine.start(PROMPTS, PARAMS) for _ in range(2))
+    until = time.monotonic() + 10
+    while servers[0].running + servers[1].running < 20 and time.monotonic() < until:
+        time.sleep(0.01)
+    rollout.give_up()
+    while servers[0].running + servers[1].running > 10 and time.monotonic() < until:
+        time.sleep(0.01)
+    # Those of the other one run on.
+    assert servers[0].running + servers[1].running == 10
+    assert rollout.take() is None
+    other.give_up()
+    for server in servers:
+        server.always = None
+    assert_right(engine.generate(PROMPTS, PARAMS))
+
+
 def test_tokens_of_two_versions(engine, servers, loop):
     engine.load_weights(iter([]), version=1)
     for server in servers:
@@ -235,6 +283,24 @@ def test_colocated_servers_have_memory_only_while_they_generate(servers, keeps_w
     servers[0].control["/resume_memory_occupation"] = 500
     assert_right(engine.generate(PROMPTS, PARAMS))
     assert [client.url for client in engine.pool.stale()] == [servers[0].url]
+    engine.close()
+
+
+def test_colocated_servers_give_their_memory_up_with_a_rollout(servers):
+    config = replace(CONFIG, colocated=True)
+    engine = SGLangEngine(servers, config=config, vocab_size=VOCAB, transport=StampAll(servers))
+    engine.load_weights(iter([]), version=0)
+    for server in servers:
+        server.always = "hang"
+        server.told.clear()
+    rollout = engine.start(PROMPTS, PARAMS)
+    until = time.monotonic() + 10
+    while not all(server.running for server in servers) and time.monotonic() < until:
+        time.sleep(0.01)
+    rollout.give_up()
+    paths = ["/resume_memory_occupation", "/flush_cache", "/release_memory_occupation"]
+    assert [path for path, _ in servers[0].told] == paths
+    assert [path for path, _ in servers[1].told] == paths
     engine.close()
 
 

@@ -46,23 +46,34 @@ class ColocatedMemory:
 
     @asynccontextmanager
     async def lent(self, pool: ServerPool) -> AsyncIterator[None]:
-        """Lends everything; the last one that ends without an error takes it back."""
+        """Lends everything; the last one that ends without an error, or is given up, takes it
+        back."""
         async with self._changing:
             self._num_users += 1
             try:
                 await _at_all(pool, resume=MEMORY)
+            except asyncio.CancelledError:
+                await self._take_back(pool)
+                raise
             except BaseException:
                 self._num_users -= 1
                 raise
         try:
             yield
+        except asyncio.CancelledError:
+            async with self._changing:
+                await self._take_back(pool)
+            raise
         except BaseException:
             self._num_users -= 1
             raise
         async with self._changing:
-            self._num_users -= 1
-            if self._num_users == 0:
-                await _at_all(pool, resume=())
+            await self._take_back(pool)
+
+    async def _take_back(self, pool: ServerPool) -> None:
+        self._num_users -= 1
+        if self._num_users == 0:
+            await _at_all(pool, resume=())
 
 
 async def _at_all(pool: ServerPool, resume: Sequence[str]) -> None:

@@ -56,18 +56,30 @@ class WeightTransport(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class PendingSamples:
-    """A rollout under way; implements `megaopd.protocols.PendingRollout`."""
+    """A rollout under way; implements `megaopd.protocols.PendingRollout`.
+
+    Attributes:
+        work, future: rank 0's: what samples, and what becomes of it.
+        answered: all answers and the metrics of the rollout, once the ranks have heard of them.
+    """
 
     engine: SGLangEngine
     prompts: Sequence[Prompt]
     params: SamplingParams
+    work: Coroutine[Any, Any, list[Answer]] | None
     future: Future[list[Answer]] | None
-    """Rank 0's."""
+    answered: tuple[list[Answer], dict[str, float]] | None = None
 
     def result(self) -> list[Sample]:
         return self.engine.finish(self)
+
+    def take(self) -> list[Sample] | None:
+        return self.engine.take(self)
+
+    def give_up(self) -> None:
+        self.engine.give_up(self)
 
 
 class SGLangEngine:
@@ -198,14 +210,15 @@ class SGLangEngine:
             RolloutError: on every rank alike: bad parameters or prompts, no weights yet.
         """
         self._check(prompts, params)
-        future = None
+        work = future = None
         if self._sampler is not None:
-            future = self.submit(self._sampler.sample_all(prompts, params))
-        return PendingSamples(self, prompts, params, future)
+            work = self._sampler.sample_all(prompts, params)
+            future = self.submit(work)
+        return PendingSamples(self, prompts, params, work, future)
 
     def finish(self, pending: PendingSamples) -> list[Sample]:
         """`PendingSamples.result`."""
-        while True:
+        while pending.answered is None:
             kind, value = self.ranks.broadcast(self._await_news(pending))
             if kind == "refresh":
                 assert self.refresh is not None
@@ -213,8 +226,18 @@ class SGLangEngine:
             elif kind == "failed":
                 raise value
             elif kind == "done":
-                answers, self.metrics = value
-                return self._samples(pending, answers)
+                pending.answered = value
+        return self._samples(pending)
+
+    def take(self, pending: PendingSamples) -> list[Sample] | None:
+        """`PendingSamples.take`."""
+        if pending.answered is None:
+            pending.answered = self.ranks.broadcast(self._answers_there(pending))
+        return None if pending.answered is None else self._samples(pending)
+
+    def give_up(self, pending: PendingSamples) -> None:
+        """`PendingSamples.give_up`."""
+        self.ranks.on_rank_0(lambda: self._end(pending))
 
     def close(self) -> None:
         """Gives up what is under way, closes the connections, stops servers that we started."""
@@ -255,10 +278,10 @@ class SGLangEngine:
         while time.monotonic() < until:
             if future.done() or not _times_out(future):
                 try:
-                    answers = future.result()
+                    future.result()
                 except RolloutError as error:
                     return "failed", error
-                return "done", (answers, self._sampler.metrics(answers, pending.params))
+                return "done", self._answers_there(pending)
             if self.refresh is not None and pool.stale() and time.monotonic() >= self._refresh_at:
                 self._refresh_at = time.monotonic() + REFRESH_EVERY_S
                 return "refresh", None
@@ -269,9 +292,27 @@ class SGLangEngine:
                 return "failed", RolloutError("rollout servers", found, "look at their logs")
         return "wait", None
 
+    def _answers_there(
+        self, pending: PendingSamples
+    ) -> tuple[list[Answer], dict[str, float]] | None:
+        """All answers and their metrics; None where some are not there, or there are none."""
+        future = pending.future
+        if future is None or self._sampler is None or not future.done() or future.cancelled():
+            return None
+        if future.exception() is not None:
+            return None
+        answers = future.result()
+        return answers, self._sampler.metrics(answers, pending.params)
+
+    def _end(self, pending: PendingSamples) -> None:
+        if self._loop is not None and pending.work is not None:
+            self._loop.give_up(pending.work)
+
     # On every rank.
 
-    def _samples(self, pending: PendingSamples, answers: Sequence[Answer]) -> list[Sample]:
+    def _samples(self, pending: PendingSamples) -> list[Sample]:
+        assert pending.answered is not None
+        answers, self.metrics = pending.answered
         samples, n = [], pending.params.n
         version = self.weight_version if self.transport is None else None
         for p, prompt in enumerate(pending.prompts):

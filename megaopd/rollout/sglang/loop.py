@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -37,6 +37,10 @@ class EventLoopThread:
             future.cancel()
             raise
 
+    def give_up(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        """Cancels a coroutine that was submitted, and waits until it has ended."""
+        self.run(_cancel(coroutine))
+
     def close(self, timeout_s: float = 5.0) -> None:
         """Cancels what still runs and ends the thread; a second call does nothing."""
         if self._loop.is_closed():
@@ -49,8 +53,15 @@ class EventLoopThread:
             self._loop.close()
 
 
+async def _cancel(coroutine: Coroutine[Any, Any, Any]) -> None:
+    await _end({task for task in asyncio.all_tasks() if task.get_coro() is coroutine})
+
+
 async def _cancel_all() -> None:
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
+    await _end(asyncio.all_tasks() - {asyncio.current_task()})
+
+
+async def _end(tasks: Collection[asyncio.Task[Any]]) -> None:
+    for task in tasks:
         task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
+    await asyncio.gather(*tasks, return_exceptions=True)
