@@ -291,8 +291,8 @@ class TrainConfig:
     max_skipped_steps: int = 3
     """Steps in a row with a non-finite loss or gradient that end the run."""
     max_wall_time: str = ""
-    """Longest time of the process as [DAYS-]HH:MM:SS; then it saves a checkpoint and exits with
-    status 75, to be started again. Empty sets no limit."""
+    """Longest time of the process as "[DAYS-]HH:MM:SS", in quotes; then it saves a checkpoint and
+    exits with status 75, to be started again. Empty sets no limit."""
     export: bool = True
     """Write the student as a Hugging Face directory (run.dir/hf) at the end, LoRA adapters merged
     into it; these also by themselves in PEFT's format (run.dir/adapter)."""

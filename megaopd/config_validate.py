@@ -15,9 +15,10 @@ from megaopd.config_layouts import Architecture, check_model, check_ranks
 from megaopd.config_loss import check_loss
 from megaopd.config_mixture import check_mixture
 from megaopd.config_schema import nearest
-from megaopd.config_servers import check_rollout_servers, check_teacher_servers
+from megaopd.config_servers import check_host, check_rollout_servers, check_teacher_servers
 from megaopd.config_teachers import WITH_PATH, check_teachers
 from megaopd.errors import ConfigError
+from megaopd.interruption import wall_time_s
 
 if TYPE_CHECKING:
     from megaopd.config import Config, ParallelConfig, TeacherConfig
@@ -54,7 +55,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             *("student.router_aux_loss_coef", "teacher.top_k", "rollout.max_staleness"),
             *("rollout.sglang.max_tokens_in_flight", "rollout.sglang.max_retries"),
             *("rollout.sglang.max_restarts", "loss.entropy_coef", "loss.clip_high"),
-            *("credit.paced_a", "credit.paced_b", "log.report_interval", "log.prometheus_port"),
+            *("credit.paced_a", "credit.paced_b", "log.report_interval"),
             *("checkpoint.interval", "checkpoint.keep_every", "guard.patience"),
             *("guard.loss_spike", "guard.mismatch_kl", "deadline.start_s", "deadline.rollout_s"),
             *("deadline.teacher_s", "deadline.student_s", "deadline.weight_sync_s"),
@@ -70,6 +71,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             *("rollout.mixture.on_policy", "rollout.mixture.teacher"),
         ),
     ),
+    ("a port from 1 to 65535, or 0", lambda v: 0 <= v <= 65535, ("log.prometheus_port",)),
     # Tokens of the weights that train them have the ratio 1: they are neither cut nor left out.
     ("1 or more", lambda v: v >= 1, ("loss.importance_cap", "loss.icepop_high")),
     (
@@ -119,6 +121,7 @@ def validate(
     check_rollout_servers(config, environ)
     for key, teacher in _teachers(config).items():
         check_teacher_servers(key, teacher, environ)
+    check_host("log.prometheus_host", config.log.prometheus_host)
     _check_sizes(config, world_size)
     if student_arch is not None and teacher_arch is not None:
         validate_models(config, student_arch, teacher_arch)
@@ -260,6 +263,7 @@ def _check_needs(config: Config) -> None:
             f"{config.eval.n} at eval.temperature 0, where all samples are the same",
             "set eval.temperature=1, or eval.n=1",
         )
+    wall_time_s(config.train.max_wall_time)
     optimizer = config.optimizer
     if optimizer.min_lr > optimizer.lr:
         raise ConfigError(

@@ -856,7 +856,20 @@ def test_what_can_work_is_not_refused(
         ),
         (["eval.reward=x"], 3, "eval.reward: no 'x'; choose one of exact_match"),
         (["loss.kind=skew_x", "loss.alpha=1"], 3, "loss.alpha: found 1.0 for skew_x"),
+        (
+            ["train.max_wall_time=4h"],
+            3,
+            "train.max_wall_time: found '4h'; expected a time as \"[DAYS-]HH:MM:SS\"",
+        ),
         (["train.num_steps=0"], 3, "train.num_steps: found 0; expected a positive number"),
+        *(
+            ([f"log.prometheus_port={port}"], 3, f"log.prometheus_port: found {port}; expected a p")
+            for port in (-1, 65536)
+        ),
+        *(
+            ([f"log.prometheus_host='{host}'"], 3, f"log.prometheus_host: {found}, which the whole")
+            for host, found in (("0.0.0.0", "0.0.0.0"), ("::", "::"), ("", "empty"))
+        ),
         (["train.global_batch_size=-8"], 3, "train.global_batch_size: found -8; expected a pos"),
         (["loss.chunk_tokens=0"], 3, "loss.chunk_tokens: found 0; expected a positive number"),
         (["rollout.top_p=0"], 3, "rollout.top_p: found 0.0; expected a value in (0, 1]"),

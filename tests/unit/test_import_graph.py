@@ -23,9 +23,9 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megaopd"
 # models.mapping is a room of its own, outside models.
 LAYERS = (
     ("errors", "logger", "memory", "parallel.cpu"),
-    ("storage",),
+    ("storage", "interruption"),
     (
-        "config config_compose config_credit config_layouts config_loss config_lora config_mixture"
+        "config config_compose config_credit config_files config_layouts config_loss config_lora config_mixture"
         " config_reliability config_rollout config_schema config_servers config_teachers"
         " config_validate",
         "batch",
@@ -37,7 +37,10 @@ LAYERS = (
     ("checkpoint",),
     ("engine", "trainer", "inputs", "summary", "plan"),
     ("teacher", "convert"),
-    ("train train_loop train_rollout train_servers train_teachers evaluation.cli",),
+    (
+        "train train_checkpoints train_export train_loop train_rollout train_servers train_teachers"
+        " evaluation.cli",
+    ),
     ("verify",),
 )
 
@@ -48,8 +51,8 @@ ROOT_IMPORTS = {"parallel.cpu"}
 ONLY_IMPORTERS = {
     "hydra": ("config_compose",),
     "omegaconf": ("config_compose",),
-    "yaml": ("config_compose",),
-    "megatron": ("parallel", "models", "checkpoint.saving", "engine"),
+    "yaml": ("config_compose", "config_files"),
+    "megatron": ("parallel", "models", "checkpoint", "engine"),
     "megatron.core.parallel_state": ("parallel.groups",),
     "megatron.core.mpu": (),
     "transformers": ("data", "models", "rollout", "convert.logits", "train", "verify.__main__"),
