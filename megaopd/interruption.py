@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megaopd.errors import ConfigError
+from megaopd.errors import ConfigError, StopRequested
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 WALL_TIME = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
@@ -106,9 +106,19 @@ INTERRUPTION = Interruption()
 """This process's."""
 
 
+def reason_to_stop() -> str | None:
+    """This process's, None while there is none."""
+    return INTERRUPTION.reason
+
+
 def never() -> str | None:
-    """The reason to stop of whoever is never told to."""
+    """The reason to stop of what is never told to."""
     return None
+
+
+def stopped(reason: str, during: str) -> StopRequested:
+    """The error that ends a run which was told to stop."""
+    return StopRequested("run", f"{reason} during {during}", "start it again to go on")
 
 
 def process_age_s() -> float:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from megaopd.config import Config, MixtureConfig, TeacherConfig
 from megaopd.inputs import Inputs, teacher_configs
+from megaopd.interruption import reason_to_stop
 from megaopd.train_servers import World, servers_engine
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def embedded_engine(config: Config, inputs: Inputs, groups: ParallelGroups) -> R
         dtype=DTYPES[config.student.dtype],
         batch_size=config.rollout.batch_size,
         converse=conversation(config, inputs),
+        stop_reason=reason_to_stop,
         rank=groups.rank,
         world_size=groups.world_size,
     )
@@ -92,6 +94,7 @@ def teacher_engine(
             config=config.rollout.sglang,
             vocab_size=inputs.vocab_size,
             converse=conversation(config, inputs),
+            stop_reason=reason_to_stop,
             rank=groups.rank,
             world_size=groups.world_size,
         )
@@ -142,6 +145,7 @@ def own_weights_engine(
         dtype=dtype,
         batch_size=batch_size,
         converse=converse,
+        stop_reason=reason_to_stop,
         rank=world.rank,
         world_size=world.world_size,
     )

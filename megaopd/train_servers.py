@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from megaopd.config import Config, SGLangConfig
 from megaopd.errors import ConfigError
+from megaopd.interruption import reason_to_stop, stopped
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
     from megaopd.rollout.sglang.health import Endpoint
     from megaopd.weight_sync.carrier import Carrier
 
-# Ranks that wait for servers wait in a collective, which has a time limit: rank 0 gives a sign.
-SIGN_OF_LIFE_S = 60.0
+# Ranks that wait for servers wait in a collective, which has a time limit: rank 0 gives a sign, and
+# any of them can say that it was told to stop.
+SIGN_OF_LIFE_S = 5.0
 
 
 class World(Protocol):
@@ -75,6 +77,7 @@ def servers_engine(
             partial=rollout.partial,
             transport=TRANSPORTS[servers.sync](config, world) if with_transport else None,
             restarter=fleet,
+            stop_reason=reason_to_stop,
             rank=world.rank,
             world_size=world.world_size,
         )
@@ -131,6 +134,7 @@ def _start_servers(config: Config, world: World, first_gpu: int | None) -> Serve
 
     Raises:
         RolloutError: on every rank alike: one of them did not start.
+        StopRequested: on every rank alike: one of them was told to stop.
     """
     from megaopd.rollout.sglang.ranks import Ranks
 
@@ -140,7 +144,8 @@ def _start_servers(config: Config, world: World, first_gpu: int | None) -> Serve
         start = starter.submit(fleet.start) if fleet else None
         try:
             while not ranks.on_rank_0(lambda: start is not None and _is_done(start)):
-                pass
+                if (reason := ranks.first(reason_to_stop())) is not None:
+                    raise stopped(reason, "the start of the rollout servers")
         except BaseException:
             # Ctrl-C, say: who waits for a server is told that there is none any more.
             if fleet is not None:

@@ -8,7 +8,7 @@ The engine knows nothing of Megatron, of the loss or of the tokenizer.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.initialization import no_init_weights
 
 from megaopd.batch import Completion, Prompt, Sample, SamplingParams
-from megaopd.errors import CheckpointError, RolloutError
+from megaopd.errors import CheckpointError, RolloutError, StopRequested
+from megaopd.interruption import never, stopped
 from megaopd.rollout.agent.batching import Request, hold_conversations
 from megaopd.rollout.conversation import Conversation, Converse, mean_metrics, single_turn
 from megaopd.rollout.deferred import DeferredRollout
@@ -43,6 +44,8 @@ class EmbeddedEngine:
         dtype: of weights and activations; log-probabilities are computed in fp32.
         batch_size: most sequences that are generated at once on a rank.
         converse: what is done with a prompt; by default one response is sampled.
+        stop_reason: why this process is to stop, asked before every token; once there is a reason
+            on some rank, all of them give the rollout up.
         rank, world_size: of this process among the processes that share out the samples.
         group: their process group; None is the default group.
 
@@ -58,6 +61,7 @@ class EmbeddedEngine:
         dtype: torch.dtype,
         batch_size: int,
         converse: Converse = single_turn,
+        stop_reason: Callable[[], str | None] = never,
         rank: int = 0,
         world_size: int = 1,
         group: dist.ProcessGroup | None = None,
@@ -88,6 +92,7 @@ class EmbeddedEngine:
         self.weight_version = 0 if pretrained else -1
         self.metrics: dict[str, float] = {}
         self._converse = converse
+        self._stop_reason = stop_reason
         self._complete = pretrained
 
     @classmethod
@@ -141,20 +146,27 @@ class EmbeddedEngine:
         Raises:
             RolloutError: on every rank alike: bad parameters or prompts, no complete weights, or a
                 model whose probabilities are not finite.
+            StopRequested: on every rank alike: one of them was told to stop before its share was
+                done.
         """
         self._check(prompts, params)
         jobs = [(prompt, index) for prompt in prompts for index in range(params.n)]
         # Dealt out by length: ranks get equal work, and the prompts of a batch need little padding.
         by_length = sorted(range(len(jobs)), key=lambda j: -len(jobs[j][0].token_ids))
         mine = by_length[self.rank :: self.world_size]
-        held = hold_conversations(
-            self._converse,
-            [jobs[j] for j in mine],
-            params,
-            lambda requests: self._complete_all(requests, params),
-        )
+        own: dict[int, Conversation] | StopRequested
+        try:
+            held = hold_conversations(
+                self._converse,
+                [jobs[j] for j in mine],
+                params,
+                lambda requests: self._complete_all(requests, params),
+            )
+            own = dict(zip(mine, held, strict=True))
+        except StopRequested as stop:
+            own = stop
         conversations: dict[int, Conversation] = {}
-        for share in self._exchange(dict(zip(mine, held, strict=True))):
+        for share in self._exchange(own):
             conversations.update(share)
         ordered = [conversations[j] for j in range(len(jobs))]
         self.metrics = mean_metrics(ordered)
@@ -180,12 +192,20 @@ class EmbeddedEngine:
                 )
                 raise RolloutError(where, found, "shorten the prompt or the response")
 
-    def _exchange(self, held: dict[int, Conversation]) -> list[dict[int, Conversation]]:
-        """Returns every rank's share; raises on all ranks if one of them met a broken model."""
-        shares = [held]
+    def _exchange(
+        self, own: dict[int, Conversation] | StopRequested
+    ) -> list[dict[int, Conversation]]:
+        """Returns every rank's share; raises on all ranks if one of them was told to stop, or met a
+        broken model."""
+        told = [own]
         if self.world_size > 1:
-            shares = [{} for _ in range(self.world_size)]
-            dist.all_gather_object(shares, held, group=self.group)
+            told = [own] * self.world_size
+            dist.all_gather_object(told, own, group=self.group)
+        shares: list[dict[int, Conversation]] = []
+        for share in told:
+            if isinstance(share, StopRequested):
+                raise share
+            shares.append(share)
         for share in shares:
             for conversation in share.values():
                 if not all(map(math.isfinite, conversation.logprobs)):
@@ -235,6 +255,8 @@ class EmbeddedEngine:
         ids: list[list[int]] = [[] for _ in requests]
         logprobs: list[list[float]] = [[] for _ in requests]
         for step in range(longest):
+            if (reason := self._stop_reason()) is not None:
+                raise stopped(reason, "a rollout")
             ids_B, logprobs_B = sample_tokens(logits_BV, params, uniforms_BR[:, step])
             for r, token, logprob in zip(growing, ids_B.tolist(), logprobs_B.tolist(), strict=True):
                 ids[r].append(token)

@@ -16,6 +16,7 @@ import torch
 
 from megaopd.batch import Prompt, Sample, SamplingParams
 from megaopd.config import MixtureConfig
+from megaopd.errors import StopRequested
 from megaopd.protocols import PendingRollout, RolloutEngine
 
 Source = Literal["student", "teacher", "data"]
@@ -138,10 +139,13 @@ class MixedRollout:
 
         Raises:
             RolloutError: on every rank alike: an engine cannot answer.
-            StopRequested: on every rank alike: the run is to stop. What other engines were asked
-                is given up by `give_up`.
+            StopRequested: on every rank alike: the run is to stop.
         """
-        return self._ordered([rollout.result() for rollout in self.pending])
+        try:
+            return self._ordered([rollout.result() for rollout in self.pending])
+        except StopRequested:
+            self.give_up()
+            raise
 
     def take(self) -> list[Sample] | None:
         """The same, if every engine has answered."""

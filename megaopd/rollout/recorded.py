@@ -28,16 +28,20 @@ class SampleRecorder:
 
     Args:
         path: the file; one that is there is replaced.
+        done: steps whose lines are kept, of a file that a resumed run goes on with.
 
     Raises:
         DataError: the file cannot be written.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, done: int = 0) -> None:
         self._path = Path(path)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text("")
+            kept = b""
+            if done and self._path.is_file():
+                kept = b"".join(self._path.read_bytes().splitlines(keepends=True)[:done])
+            self._path.write_bytes(kept)
         except OSError as error:
             raise DataError(
                 str(path), f"cannot be written ({error.strerror})", "choose another file"
@@ -90,6 +94,11 @@ class RecordedEngine:
     def load_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
         """Notes the version; nothing is taken from the iterator."""
         self.weight_version = version
+
+    def skip(self, num_steps: int) -> None:
+        """Goes past steps that have been trained on, without looking at them."""
+        for _ in range(num_steps):
+            next(self._lines, None)
 
     def start(self, prompts: Sequence[Prompt], params: SamplingParams) -> DeferredRollout:
         """Reads the step when the result is asked for."""

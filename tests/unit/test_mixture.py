@@ -12,7 +12,8 @@ from megaopd.batch import Prompt, Sample, SamplingParams
 from megaopd.config import Config, LossConfig, MixtureConfig, RolloutConfig, TeacherConfig
 from megaopd.config_mixture import check_mixture, data_share
 from megaopd.data.packing import Batching, Packing
-from megaopd.errors import ConfigError
+from megaopd.errors import ConfigError, StopRequested
+from megaopd.interruption import stopped
 from megaopd.parallel.layout import Layout
 from megaopd.rollout.deferred import DeferredRollout
 from megaopd.rollout.mixture import SOURCES, Mixture, authors, counts, mixture_metrics
@@ -178,6 +179,21 @@ def test_samples_are_taken_when_every_author_is_done():
     assert rollout.take() is None
     rollout.give_up()
     assert student.events[-1] == ("give up", 1)
+
+
+def test_a_rollout_that_is_to_stop_is_given_up_by_all_authors():
+    class Stopped(Author):
+        def generate(self, prompts, params):
+            raise stopped("SIGUSR1", "a rollout")
+
+    student = BackgroundEngine()
+    student.load_weights(iter([]), version=0)
+    mixture = Mixture(
+        MixtureConfig(0.5, 0.5), 1, student, {"": Stopped(20), "math": Author(21)}, {}
+    )
+    with pytest.raises(StopRequested, match="SIGUSR1 during a rollout"):
+        mixture.start(1, PROMPTS, PARAMS).result()
+    assert student.events[-1] == ("give up", 0)
 
 
 def test_several_samples_of_a_prompt_have_one_author():

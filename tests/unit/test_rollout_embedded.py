@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megaopd.batch import Prompt, Sample, SamplingParams
-from megaopd.errors import CheckpointError, RolloutError
+from megaopd.errors import CheckpointError, RolloutError, StopRequested
+from megaopd.interruption import never
 from megaopd.rollout import embedded
 from megaopd.rollout.embedded import EmbeddedEngine
 from megaopd.rollout.sampling import sample_tokens, sample_uniforms
@@ -317,6 +318,30 @@ class TestLoadWeights:
                 empty.generate(PROMPT_SETS["header"], replace(PARAMS, temperature=temperature))
 
 
+def told_after(num_tokens: int):
+    """The reasons of a process that is told to stop after so many times of asking."""
+    asked = iter(range(num_tokens))
+    return lambda: None if next(asked, None) is not None else "SIGUSR1"
+
+
+def test_a_rollout_is_given_up_between_two_tokens(model_dir):
+    engine = make_engine(model_dir, stop_reason=told_after(3))
+    steps = []
+    forward = engine.model.forward
+    engine.model.forward = lambda **given: steps.append(given) or forward(**given)
+    with pytest.raises(StopRequested, match="run: SIGUSR1 during a rollout; start it again"):
+        engine.generate(PROMPT_SETS["different"][:4], PARAMS)
+    assert len(steps) == 4  # the prompts, and three tokens of one batch
+
+
+def test_whoever_is_told_to_stop_afterwards_has_its_samples(model_dir):
+    """One reason after the last token ends no rollout."""
+    prompts = PROMPT_SETS["different"][:4]
+    expected = make_engine(model_dir).generate(prompts, PARAMS)
+    told_last = make_engine(model_dir, stop_reason=told_after(PARAMS.max_new_tokens))
+    assert told_last.generate(prompts, PARAMS) == expected
+
+
 def generate_on_rank(rank: int, world_size: int, path: str, params: SamplingParams):
     engine = make_engine(Path(path), rank=rank, world_size=world_size)
     shares = []
@@ -324,6 +349,11 @@ def generate_on_rank(rank: int, world_size: int, path: str, params: SamplingPara
     engine._generate_batch = lambda jobs, params: shares.append(len(jobs)) or own(jobs, params)
     results = [engine.generate(prompts, params) for prompts in ([], *PROMPT_SETS.values())]
     num_generated = sum(shares)
+    if rank == 1:  # one rank is told to stop, all of them do
+        engine._stop_reason = told_after(2)
+    with pytest.raises(StopRequested, match="run: SIGUSR1 during a rollout"):
+        engine.generate(PROMPT_SETS["header"], params)
+    engine._stop_reason = never
     if rank == 1:  # one rank's model breaks, all ranks are told
         engine.model.model.norm.weight.fill_(torch.nan)
     with pytest.raises(RolloutError, match="non-finite"):

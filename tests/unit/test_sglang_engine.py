@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -11,7 +14,8 @@ from torch import Tensor
 
 from megaopd.batch import Prompt, Sample, SamplingParams
 from megaopd.config import SGLangConfig
-from megaopd.errors import RolloutError
+from megaopd.errors import RolloutError, StopRequested
+from megaopd.interruption import Interruption
 from megaopd.rollout.conversation import Conversation
 from megaopd.rollout.sglang import engine as engine_module
 from megaopd.rollout.sglang import health, pool
@@ -189,6 +193,32 @@ def test_a_rollout_that_is_given_up_leaves_its_servers(engine, servers):
     for server in servers:
         server.always = None
     assert_right(engine.generate(PROMPTS, PARAMS))
+
+
+def test_a_rollout_ends_when_the_run_is_to_stop(servers):
+    told = Interruption()
+    arguments = {"config": CONFIG, "vocab_size": VOCAB, "transport": StampAll(servers)}
+    engine = SGLangEngine(servers, **arguments, stop_reason=lambda: told.reason)
+    engine.load_weights(iter([]), version=1)
+    done = engine.start(PROMPTS, PARAMS)
+    assert_right(done.result())
+    for server in servers:
+        server.always = "hang"
+    rollout = engine.start(PROMPTS, PARAMS)
+    told.install()
+    try:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        with pytest.raises(StopRequested, match="run: SIGUSR1 during a rollout; start it again"):
+            rollout.result()
+    finally:
+        told.restore()
+    until = time.monotonic() + 10
+    while servers[0].running + servers[1].running and time.monotonic() < until:
+        time.sleep(0.01)
+    assert servers[0].running + servers[1].running == 0
+    # What is there already stays there.
+    assert_right(done.take())
+    engine.close()
 
 
 def test_tokens_of_two_versions(engine, servers, loop):
@@ -392,6 +422,12 @@ def on_rank(rank: int, world_size: int) -> list:
             engine.generate(prompts, replace(PARAMS, n=1))
         except RolloutError as error:
             seen.append(str(error))
+    server.always = "hang"
+    engine._stop_reason = lambda: "SIGTERM" if rank == 1 else None
+    try:
+        engine.generate(PROMPTS, PARAMS)
+    except StopRequested as stop:
+        seen.append(str(stop))
     engine.close()
     loop.run(server.stop())
     loop.close()
@@ -402,10 +438,11 @@ def on_rank(rank: int, world_size: int) -> list:
 def test_all_ranks_see_the_same():
     first, second = run_distributed(on_rank, 2, timeout_s=120)
     assert first == second
-    refused, samples, later, metrics, too_long, broken = first
+    refused, samples, later, metrics, too_long, broken, stop = first
     assert refused == " start it, or correct rollout.urls"
     assert_right(samples)
     assert_right(later, PROMPTS[:2])
     assert metrics["rollout/retries"] == 0
     assert "prompt long: 1020 + 6 new tokens exceed the context 1022" in too_long
     assert "non-finite" in broken
+    assert stop == "run: SIGTERM during a rollout; start it again to go on"

@@ -18,6 +18,7 @@ from torch import Tensor
 from megaopd.batch import Prompt, Sample, SamplingParams
 from megaopd.config import SGLangConfig
 from megaopd.errors import RolloutError
+from megaopd.interruption import never, stopped
 from megaopd.rollout.conversation import Conversation, Converse, single_turn
 from megaopd.rollout.sampling import check_sampling_params
 from megaopd.rollout.sglang.api import check_token_ids
@@ -31,8 +32,9 @@ from megaopd.rollout.sglang.sampler import Answer, Sampler
 T = TypeVar("T")
 
 POLL_S = 0.2
-# Other ranks wait in a collective, which has a time limit of its own: they hear from rank 0.
-SIGN_OF_LIFE_S = 60.0
+# Other ranks wait in a collective, which has a time limit of its own: they hear from rank 0. One
+# that was told to stop can say so then.
+SIGN_OF_LIFE_S = 5.0
 # Between two attempts to bring servers that were restarted up to date.
 REFRESH_EVERY_S = 10.0
 
@@ -93,6 +95,8 @@ class SGLangEngine:
         partial: see `ServerPool`.
         transport: how `load_weights` brings weights to them; None: they keep those they have, which
             are version 0.
+        stop_reason: why this process is to stop; while a result is waited for, a reason on some
+            rank makes all of them give the rollout up.
         restarter: of servers that this run started; also stops them at the end.
         rank, world_size, group: of the processes that call the engine together.
 
@@ -118,6 +122,7 @@ class SGLangEngine:
         partial: bool = True,
         transport: WeightTransport | None = None,
         restarter: Restarter | None = None,
+        stop_reason: Callable[[], str | None] = never,
         rank: int = 0,
         world_size: int = 1,
         group: dist.ProcessGroup | None = None,
@@ -132,6 +137,7 @@ class SGLangEngine:
         self._converse = converse
         self.transport = transport
         self._restarter = restarter
+        self._stop_reason = stop_reason
         self._refresh_at = 0.0
         self._loop: EventLoopThread | None = None
         # Servers that keep their weights are another's; their memory is none of our business.
@@ -200,6 +206,7 @@ class SGLangEngine:
             RolloutError: on every rank alike: bad parameters or prompts, no weights yet, all
                 servers down, a request that failed too often, or a model whose probabilities are
                 not finite.
+            StopRequested: on every rank alike: one of them was told to stop.
         """
         return self.start(prompts, params).result()
 
@@ -227,6 +234,9 @@ class SGLangEngine:
                 raise value
             elif kind == "done":
                 pending.answered = value
+            elif (reason := self.ranks.first(self._stop_reason())) is not None:
+                self.give_up(pending)
+                raise stopped(reason, "a rollout")
         return self._samples(pending)
 
     def take(self, pending: PendingSamples) -> list[Sample] | None:
@@ -282,6 +292,8 @@ class SGLangEngine:
                 except RolloutError as error:
                     return "failed", error
                 return "done", self._answers_there(pending)
+            if self._stop_reason() is not None:
+                break
             if self.refresh is not None and pool.stale() and time.monotonic() >= self._refresh_at:
                 self._refresh_at = time.monotonic() + REFRESH_EVERY_S
                 return "refresh", None

@@ -1,4 +1,4 @@
-"""What rank 0 knows and the others have to hear."""
+"""What one rank knows and the others have to hear."""
 
 from __future__ import annotations
 
@@ -32,6 +32,13 @@ class Ranks:
         if self.world_size > 1:
             dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
+
+    def first(self, value: T | None) -> T | None:
+        """Collective: the `value` of the first rank that has one, on every rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value, group=self.group)
+        return next((found for found in values if found is not None), None)
 
     def on_rank_0(self, work: Callable[[], T]) -> T:
         """Collective: the value of `work()` on rank 0, or its RolloutError, on every rank."""
