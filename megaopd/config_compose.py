@@ -1,30 +1,55 @@
 """From command-line words and YAML files to one plain dictionary; the only importer of Hydra.
 
-Owns where `conf=NAME` is looked for, how overrides are read and what a YAML file may not do. It
-knows nothing about which keys exist: that is `megaopd.config_schema`'s matter. Nothing of Hydra or
+Owns where `conf=NAME` is looked for and how overrides are read; what a file may hold is
+`megaopd.config_files`'s matter, which keys exist `megaopd.config_schema`'s. Nothing of Hydra or
 OmegaConf leaves this module.
 """
 
 from __future__ import annotations
 
-import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from hydra.plugins.config_source import ConfigResult
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megaopd.config_files import (
+    check_file,
+    check_references,
+    check_text,
+    check_values,
+    is_hydra,
+)
 from megaopd.config_schema import nearest
 from megaopd.errors import ConfigError
 
 # Beside the package in a checkout; an installed package has none and reads ./conf alone.
 REPOSITORY_CONF = Path(__file__).resolve().parent.parent / "conf"
 
-_REFERENCE = re.compile(r"\$\{[A-Za-z_]\w*(\.\w+)*\}")
+
+class CheckedFiles(FileConfigSource):
+    """Where Hydra reads files: each one that it takes in, by a defaults list or by an override, is
+    checked before Hydra sees it."""
+
+    @staticmethod
+    def scheme() -> str:
+        return "checked"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        file = Path(self.path) / self._normalize_file_name(config_path)
+        if Path(config_path).is_absolute() or ".." in Path(config_path).parts:
+            raise ConfigError(str(file), "outside of the directories of configurations", "move it")
+        check_file(file)
+        return super().load_config(config_path)
 
 
 def compose(argv: list[str], defaults: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -45,32 +70,45 @@ def compose(argv: list[str], defaults: dict[str, Any]) -> tuple[str, dict[str, A
     """
     path = _find(argv)
     overrides = [_checked_override(a) for a in argv if not a.startswith("conf=")]
-    _refuse_code(_read_yaml(path), str(path))
+    check_file(path)
     directories = [path.parent, Path("conf").resolve(), REPOSITORY_CONF]
-    search = [str(d) for d in dict.fromkeys(directories[1:]) if d != path.parent and d.is_dir()]
+    search = [d for d in dict.fromkeys(directories[1:]) if d != path.parent and d.is_dir()]
     try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(path.parent)):
-            node = hydra_compose(
-                path.stem,
-                [
-                    *(_force(o, directories) for o in overrides),
-                    f"hydra.searchpath={['file://' + d for d in search]}",
-                ],
-            )
+        node = _hydra(path, [_force(o, directories) for o in overrides], search)
         values = OmegaConf.to_container(node, resolve=False)
         assert isinstance(values, dict)
-        _refuse_code(values, str(path))
+        check_values(values, str(path))
         for key, value in values.items():
             if isinstance(value, list) and key in defaults:  # OmegaConf would not name the key
                 raise ConfigError(key, "found a list, not a section", "write its keys below it")
         merged = OmegaConf.merge(OmegaConf.create(defaults), OmegaConf.create(values))
+        unresolved = OmegaConf.to_container(merged, resolve=False)
+        assert isinstance(unresolved, dict)
+        check_references({str(k): v for k, v in unresolved.items()})
         resolved = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise ConfigError(
             f"conf={path.stem}", _one_line(error), "mend the file or the override"
-        ) from (error)
+        ) from error
+    except RecursionError as error:
+        raise ConfigError(
+            f"conf={path.stem}", "nested too deeply", "mend the file or the override"
+        ) from error
     assert isinstance(resolved, dict)
     return path.stem, {str(k): v for k, v in resolved.items()}
+
+
+def _hydra(path: Path, overrides: list[str], search: list[Path]) -> DictConfig:
+    """What Hydra composes of a checked file, of the files that it and the overrides take in, and of
+    the overrides."""
+    Plugins.instance().register(CheckedFiles)
+    with initialize_config_dir(version_base="1.3", config_dir=str(path.parent)):
+        for entry in GlobalHydra.instance().config_loader().get_search_path().get_path():
+            if entry.provider == "main":
+                entry.path = f"{CheckedFiles.scheme()}://{path.parent}"
+        # Given this, Hydra looks for files anew, at the entry's new path too.
+        others = [f"{CheckedFiles.scheme()}://{directory}" for directory in search]
+        return hydra_compose(path.stem, [*overrides, f"hydra.searchpath={others}"])
 
 
 def _find(argv: list[str]) -> Path:
@@ -85,9 +123,10 @@ def _find(argv: list[str]) -> Path:
         raise ConfigError("conf", found, f"give conf=NAME once: {offer}")
     name = names[0]
     if name.endswith((".yaml", ".yml")) or "/" in name:
-        path = Path(name).expanduser().resolve()
-        if path.is_file() and path.suffix == ".yaml":
-            return path
+        with suppress(OSError, RuntimeError, ValueError):  # too long, nobody's home, no name
+            path = Path(name).expanduser().resolve()
+            if path.is_file() and path.suffix == ".yaml":
+                return path
         raise ConfigError("conf", f"there is no file {name}", "give the path of a .yaml file")
     for directory in directories:
         path = directory / f"{name}.yaml"
@@ -98,28 +137,15 @@ def _find(argv: list[str]) -> Path:
     raise ConfigError("conf", f"there is no {name}.yaml in ./conf or {REPOSITORY_CONF}", guess)
 
 
-def _read_yaml(path: Path) -> Any:
-    """The file before composition, so that a mistake is told with its line, which Hydra hides."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or str(error)
-        raise ConfigError(
-            where, f"not valid YAML ({_one_line(problem)})", "mend the line"
-        ) from error
-    if content is not None and not isinstance(content, dict):
-        raise ConfigError(str(path), f"a YAML {type(content).__name__}", "write keys and values")
-    return content
-
-
 def _checked_override(word: str) -> str:
-    key = re.split(r"=", word, maxsplit=1)[0].lstrip("+~")
-    if "=" not in word and not word.startswith("~"):
+    key = word.split("=", 1)[0].lstrip("+~")
+    if not key or ("=" not in word and not word.startswith("~")):
         raise ConfigError(word, "neither conf=NAME nor key=value", "write overrides as key=value")
-    if key.split(".")[0].split("/")[0] == "hydra":
+    if is_hydra(key):
         raise ConfigError(key, "a setting of Hydra itself", "remove it; the run does not use it")
+    # Hydra interpolates the choice of a group before there are values to check.
+    for text in word.split("=", 1):
+        check_text(text, key)
     return word
 
 
@@ -134,22 +160,7 @@ def _force(word: str, directories: list[Path]) -> str:
     return f"++{word}"
 
 
-def _refuse_code(value: Any, where: str) -> None:
-    """Refuses everything in a configuration that could build objects or call a resolver."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if re.fullmatch(r"_[a-z]+_|hydra|.*\bhydra/.*", str(key)):
-                remedy = "remove it; a configuration holds values only"
-                raise ConfigError(f"{where}: {key}", "a key that Hydra would act upon", remedy)
-            _refuse_code(item, f"{where}: {key}" if where.endswith(".yaml") else f"{where}.{key}")
-    elif isinstance(value, list):
-        for item in value:
-            _refuse_code(item, where)
-    elif isinstance(value, str) and "${" in _REFERENCE.sub("", value):
-        remedy = "only plain references such as ${train.num_steps} are allowed"
-        raise ConfigError(where, f"the interpolation {value!r}", remedy)
-
-
-def _one_line(error: object) -> str:
-    text = str(error).split("Config search path:")[0]  # Hydra's list of directories, many lines
+def _one_line(error: BaseException) -> str:
+    text = str(error) or str(error.__cause__)  # Hydra's may be empty around OmegaConf's
+    text = text.split("Config search path:")[0]  # Hydra's list of directories, many lines
     return " ".join(text.split()).replace(";", ",")

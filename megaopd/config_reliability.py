@@ -42,7 +42,7 @@ class DeadlineConfig:
     weight_sync_s: float = 900.0
     """Bringing the weights to the rollout engine."""
     eval_s: float = 7200.0
-    """One evaluation."""
+    """One evaluation of the student."""
     checkpoint_s: float = 1800.0
     """What of a checkpoint, or of the final export, training waits for."""
     silence_s: float = 40.0

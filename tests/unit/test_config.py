@@ -215,7 +215,7 @@ def test_the_repository_conf_comes_after_the_working_directory(
         (["~hydra"], "hydra: a setting of Hydra itself"),
         (["+loss._target_=os.system"], "_target_: a key that Hydra would act upon"),
         (["run.name=${oc.env:HOME}"], "the interpolation '${oc.env:HOME}'; only plain references"),
-        (["student.freeze=['${now:%Y}']"], "the interpolation '${now:%Y}'"),
+        (["student.freeze=['${now:%Y}']"], "only plain references"),
         (["conf=tiny"], "conf: given more than once"),
     ],
 )
@@ -250,7 +250,7 @@ def test_a_bad_file_is_one_line(conf: Path, text: str, message: str) -> None:
 
 def test_a_refused_reference_in_a_group_file_names_its_key(conf: Path) -> None:
     (conf / "parallel" / "bad.yaml").write_text("tensor: ${oc.decode:3}\n")
-    with pytest.raises(ConfigError, match=r"parallel\.tensor: the interpolation|parallel: tensor"):
+    with pytest.raises(ConfigError, match=r"parallel/bad\.yaml: tensor: the interpolation"):
         load(["conf=tiny", "parallel=bad"])
 
 

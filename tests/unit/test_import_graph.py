@@ -25,15 +25,16 @@ LAYERS = (
     ("errors", "logger", "memory", "parallel.cpu"),
     ("storage", "interruption"),
     (
-        "config config_compose config_credit config_files config_layouts config_loss config_lora config_mixture"
-        " config_reliability config_rollout config_schema config_servers config_teachers"
-        " config_validate",
+        "config config_compose config_credit config_files config_layouts config_loss config_lora"
+        " config_mixture config_reliability config_rollout config_schema config_servers"
+        " config_teachers config_validate",
         "batch",
     ),
-    ("parallel.layout",),
-    ("protocols", "metrics", "data", "parallel", "report_page report_svg"),
+    ("parallel.layout", "metrics_file", "prometheus", "report_page report_svg"),
+    ("report report_refresh",),
+    ("protocols", "metrics", "data", "parallel"),
     ("losses", "credit", "rewards", "rollout", "models.mapping models.families"),
-    ("models", "weight_sync", "evaluation", "report"),
+    ("models", "weight_sync", "evaluation"),
     ("checkpoint",),
     ("engine", "trainer", "inputs", "summary", "plan"),
     ("teacher", "convert"),
