@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +10,9 @@ from megaopd.config import Config
 
 if TYPE_CHECKING:
     from megaopd.evaluation import EvalResult
+    from megaopd.evaluation.of_run import Evaluation
     from megaopd.inputs import Inputs
-    from megaopd.trainer import Evaluation, FitResult
+    from megaopd.trainer import FitResult
 
 
 def summarise(
@@ -62,24 +62,12 @@ def summarise(
     return summary
 
 
-def write_results(
-    config: Config, inputs: Inputs, summary: dict[str, Any], result: FitResult
-) -> None:
-    """summary.json, the answers of the evaluations, report.html, and the summary on the console."""
+def write_results(config: Config, summary: dict[str, Any], result: FitResult) -> None:
+    """summary.json, report.html, and the summary on the console."""
     from megaopd.report import write_report
 
     run_dir = Path(config.run.dir)
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    prompt_ids = {p.prompt_id: p.token_ids for p in inputs.eval_prompts}
-    for name, evaluation in (("before", result.before), ("after", result.after)):
-        if evaluation:
-            rows = (
-                {**asdict(r), "prompt_ids": prompt_ids[r.prompt_id]}
-                for r in evaluation.answers.records
-            )
-            (run_dir / f"eval_{name}.jsonl").write_text(
-                "".join(f"{json.dumps(row)}\n" for row in rows)
-            )
     report = write_report(
         run_dir, summary, _report_samples(result.before, result.after, config.log)
     )

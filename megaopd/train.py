@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,15 +19,23 @@ from megaopd.batch import Prompt, Sample
 from megaopd.config import Config, to_yaml
 from megaopd.errors import ConfigError, MegaOPDError, NumericError, RolloutError, run_cli
 from megaopd.inputs import Inputs, read_config, read_inputs, teacher_configs
+from megaopd.interruption import INTERRUPTION
+from megaopd.logger import get_logger, setup_logging
+from megaopd.storage.run_lock import run_lock
+from megaopd.train_checkpoints import build_checkpoints, find_resumable, resume
+from megaopd.train_export import export_student
 from megaopd.train_loop import build_trainer
 from megaopd.train_rollout import ENGINES, mixture, teacher_engine
 from megaopd.train_teachers import build_teacher, student_side
 
 if TYPE_CHECKING:
-    from megaopd.engine.student import MegatronStudent
+    from megaopd.checkpoint.resumable import Resumable
     from megaopd.evaluation import EvalResult
+    from megaopd.evaluation.of_run import Evaluation
     from megaopd.parallel.groups import ParallelGroups
     from megaopd.protocols import RolloutEngine
+
+logger = get_logger(__name__)
 
 USAGE = """usage: torchrun --nproc-per-node N -m megaopd.train conf=NAME [key=value ...] [--debug]
 
@@ -37,7 +45,12 @@ key=value    any field, as in loss.kind=jsd optimizer.lr=1e-5 data=my_group (Hyd
 
 `python -m megaopd.config conf=NAME` prints every field with its value and its meaning.
 The run is written to runs/NAME: metrics.jsonl, tensorboard/, report.html, summary.json, hf/;
-with train.export_megatron=true also megatron/.
+with train.export_megatron=true also megatron/; with checkpoint.interval=N checkpoints/, from the
+newest of which the same command goes on.
+
+SIGUSR1, SIGTERM or the end of train.max_wall_time: a checkpoint, and exit status 75, which asks to
+be started again. Other statuses: 2 configuration, 3 data, 4 checkpoint, 5 environment (no room, out
+of memory, a rank that died or hung), 6 numbers, 7 rollout.
 """
 
 
@@ -46,6 +59,7 @@ def main(argv: list[str]) -> None:
         print(USAGE, end="")
         return
     config = read_config(argv, int(os.environ.get("WORLD_SIZE", "1")))
+    INTERRUPTION.install(config.train.max_wall_time)
     train(config, read_inputs(config))
 
 
@@ -73,13 +87,10 @@ def train(config: Config, inputs: Inputs) -> None:
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from megaopd.logger import get_logger, setup_logging
-    from megaopd.metrics import MetricsWriter
+    from megaopd.checkpoint.loading import agreed
     from megaopd.parallel import groups as parallel_groups
     from megaopd.parallel.device import init_distributed
-    from megaopd.summary import summarise, write_results
 
-    logger = get_logger(__name__)
     disable_progress_bar()
     setup_logging(int(os.environ.get("RANK", "0")))
     device = init_distributed()
@@ -87,9 +98,21 @@ def train(config: Config, inputs: Inputs) -> None:
     groups = parallel_groups.initialize(config.parallel, device, config.run.seed)
     is_main = groups.rank == 0
     run_dir = Path(config.run.dir)
-    if is_main:
-        _open_run_dir(run_dir, config)
-    record = _recorder(config, is_main)
+    with ExitStack() as held:
+        with agreed():
+            if is_main:
+                _make_run_dir(run_dir)
+                held.enter_context(run_lock(run_dir))
+        found = find_resumable(config)
+        _run(config, inputs, groups, found)
+    parallel_groups.shutdown()
+
+
+def _run(config: Config, inputs: Inputs, groups: ParallelGroups, found: Resumable | None) -> None:
+    """The run, from its first step or from a checkpoint to its end."""
+    from megaopd.metrics import MetricsWriter
+    from megaopd.summary import summarise, write_results
+
     logger.info(
         "%d training prompts, %d for evaluation; longer than data.max_prompt_tokens and set aside: "
         "%d and %d",
@@ -98,52 +121,64 @@ def train(config: Config, inputs: Inputs) -> None:
         inputs.num_overlong,
         inputs.num_overlong_eval,
     )
-
+    is_main, run_dir = groups.rank == 0, Path(config.run.dir)
+    if is_main:
+        (run_dir / "config.yaml").write_text(to_yaml(config))
+    done = found.step if found else 0
+    record = _recorder(config, is_main, done)
     side = student_side(config, inputs, groups)
-    teacher_result = _teacher_result(config, inputs, groups)
+    teacher_result = _teacher_result(config, inputs, groups, resumed=found is not None)
     # The engine comes before the models: colocated servers take their memory first.
     with (
         closing(ENGINES[config.rollout.kind](config, inputs, groups)) as engine,
         closing(mixture(config, inputs, groups, engine)) as authors,
-        MetricsWriter(run_dir, config, enabled=is_main) as metrics,
+        MetricsWriter(
+            run_dir, config, enabled=is_main, resume_step=found.step if found else None
+        ) as metrics,
         closing(build_teacher(config, inputs, side)) as teacher,
     ):
         student = side.model()
-        trainer = build_trainer(
-            config,
-            inputs,
-            side,
-            engine=engine,
-            authors=authors,
-            teacher=teacher,
-            metrics=metrics,
-            evaluator=_evaluator(config, inputs, inputs.eval_prompts),
-            record=record,
-        )
-        try:
-            result = trainer.fit()
-        except (NumericError, RolloutError):
-            # Skipped steps change nothing, and an engine that fails touches no weights: they are
-            # those of the last good step.
-            _export(config, student, inputs, is_main)
-            raise
-    hf_export = _export(config, student, inputs, is_main)
+        checkpoints = build_checkpoints(config, inputs, student, teacher, INTERRUPTION)
+        with closing(checkpoints):
+            trainer = build_trainer(
+                config,
+                inputs,
+                side,
+                engine=engine,
+                authors=authors,
+                teacher=teacher,
+                metrics=metrics,
+                evaluator=_evaluator(config, inputs, inputs.eval_prompts),
+                record=record,
+                checkpoints=checkpoints,
+                interruption=INTERRUPTION,
+                keep_evaluation=_keeper(run_dir, inputs, is_main),
+            )
+            if found is not None:
+                resume(config, found, trainer, checkpoints)
+            try:
+                result = trainer.fit()
+            except (NumericError, RolloutError):
+                # Skipped steps change nothing, and an engine that fails touches no weights: they
+                # are those of the last good step.
+                export_student(config, student, inputs)
+                raise
+    hf_export = export_student(config, student, inputs)
     if is_main:
         dp_size = groups.layout.dp_size
         summary = summarise(config, inputs, result, teacher_result, hf_export, dp_size)
-        write_results(config, inputs, summary, result)
-    parallel_groups.shutdown()
+        write_results(config, summary, result)
 
 
-def _open_run_dir(run_dir: Path, config: Config) -> None:
-    """Writes the configuration to where everything else will be.
+def _make_run_dir(run_dir: Path) -> None:
+    """Makes the directory of everything that the run writes.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: nothing can be written there.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(to_yaml(config))
+        (run_dir / "config.yaml").open("a").close()
     except OSError as error:
         raise ConfigError(
             "run.dir", f"{run_dir} cannot be written ({error.strerror})", "choose another directory"
@@ -176,23 +211,42 @@ def _evaluator(
     )
 
 
+def _keeper(run_dir: Path, inputs: Inputs, is_main: bool) -> Callable[[str, Evaluation], None]:
+    """Writes evaluations to files as soon as there are any."""
+    from megaopd.evaluation.of_run import write_answers
+
+    prompt_ids = {prompt.prompt_id: prompt.token_ids for prompt in inputs.eval_prompts}
+
+    def keep(name: str, evaluation: Evaluation) -> None:
+        if is_main:
+            write_answers(run_dir, name, evaluation.answers, prompt_ids)
+
+    return keep
+
+
 def _recorder(
-    config: Config, is_main: bool
+    config: Config, is_main: bool, done: int
 ) -> Callable[[int, Sequence[Prompt], Sequence[Sample]], None] | None:
     from megaopd.rollout.recorded import SampleRecorder
 
     if not config.rollout.record or not is_main:
         return None
-    return SampleRecorder(config.rollout.record).record
+    return SampleRecorder(config.rollout.record, done).record
 
 
-def _teacher_result(config: Config, inputs: Inputs, groups: ParallelGroups) -> EvalResult | None:
+def _teacher_result(
+    config: Config, inputs: Inputs, groups: ParallelGroups, resumed: bool
+) -> EvalResult | None:
     """The teachers' own accuracy, each on the prompts that are routed to it and as it sees
-    them; their generation weights are gone when this returns."""
+    them; their generation weights are gone when this returns. A resumed run has it already."""
     from megaopd.evaluation import EvalRecord, EvalResult
+    from megaopd.evaluation.of_run import read_answers, write_answers
 
+    run_dir, name = Path(config.run.dir), "teacher"
     if not config.eval.teacher:
         return None
+    if resumed and (known := read_answers(run_dir, name)) is not None:
+        return known
     records: list[EvalRecord] = []
     for name, own in teacher_configs(config).items():
         prompts = [
@@ -205,51 +259,13 @@ def _teacher_result(config: Config, inputs: Inputs, groups: ParallelGroups) -> E
             continue
         with closing(teacher_engine(own, config, inputs, groups)) as engine:
             records += evaluator(engine).records
-    return EvalResult.of(records) if records else None
-
-
-def _export(config: Config, student: MegatronStudent, inputs: Inputs, is_main: bool) -> str | None:
-    """Writes the student as the configuration asks, to run.dir/hf, run.dir/adapter and
-    run.dir/megatron; collective. Returns the Hugging Face directory."""
-    from megaopd.models.hf_io import HFWriter
-
-    if config.train.export_megatron:
-        student.save(Path(config.run.dir) / "megatron", config.student.path)
-    if not config.train.export:
+    if not records:
         return None
-    _export_adapter(config, student, inputs, is_main)
-    destination = Path(config.run.dir) / "hf"
-    if is_main:
-        with HFWriter(destination, config.student.path, inputs.student_arch, overwrite=True) as out:
-            out.add_all(student.export_weights())
-    else:
-        for _ in student.export_weights():
-            pass
-    return str(destination)
-
-
-def _export_adapter(
-    config: Config, student: MegatronStudent, inputs: Inputs, is_main: bool
-) -> None:
-    """Writes the LoRA adapters, if there are any, to run.dir/adapter as PEFT does; collective."""
-    from megaopd.models.build import DTYPES
-    from megaopd.models.hf_io.adapter import adapter_config, write_adapter
-    from megaopd.models.lora_spec import adapter_mappings, targets
-
-    lora, arch = config.student.lora, inputs.student_arch
-    if lora is None:
-        return
-    if is_main:
-        write_adapter(
-            Path(config.run.dir) / "adapter",
-            adapter_config(lora, targets(arch, lora), config.student.path),
-            adapter_mappings(arch, lora).values(),
-            student.export_adapter(),
-            DTYPES[config.student.dtype],
-        )
-    else:
-        for _ in student.export_adapter():
-            pass
+    result = EvalResult.of(records)
+    if groups.rank == 0:
+        prompt_ids = {prompt.prompt_id: prompt.token_ids for prompt in inputs.eval_prompts}
+        write_answers(run_dir, name, result, prompt_ids)
+    return result
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megaopd.batch import Prompt, Sample
 from megaopd.config import Config
@@ -31,8 +31,13 @@ def build_trainer(
     metrics: MetricsWriter,
     evaluator: Callable[[RolloutEngine], EvalResult] | None = None,
     record: Callable[[int, Sequence[Prompt], Sequence[Sample]], None] | None = None,
+    **watching: Any,
 ) -> OPDTrainer:
-    """The trainer of a run; the student is built if it is not yet. Collective."""
+    """The trainer of a run; the student is built if it is not yet. Collective.
+
+    Args:
+        watching: `checkpoints`, `interruption`, `watch` and the like, see `OPDTrainer`.
+    """
     from megaopd.credit import CreditAssignment
     from megaopd.data.prompts import PromptStream
     from megaopd.evaluation.scoring import rewards_of
@@ -58,4 +63,5 @@ def build_trainer(
         credit=CreditAssignment(
             config, partial(rewards_of, reward=reward, tokenizer=inputs.tokenizer)
         ),
+        **watching,
     )

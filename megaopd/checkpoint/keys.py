@@ -31,7 +31,9 @@ _LAYER = re.compile(r"^decoder\.layers\.(?:(?P<layer>\d+)\.)?(?P<rest>\D.*)$")
 _EXPERT = re.compile(r"^mlp\.experts\.experts\.(?:(?P<expert>\d+)\.)?(?P<rest>\D.*)$")
 _CANONICAL_EXPERT = re.compile(r"^mlp\.experts\.(?P<expert>\d+)\.(?P<rest>.+)$")
 # What a checkpoint of a training holds besides the model.
-_NOT_THE_MODEL = re.compile(r"(^|\.)(optimizer|rng_state|rerun_state_machine_state)([./]|$)")
+_NOT_THE_MODEL = re.compile(
+    r"(^|\.)(optimizer|rng_state|rerun_state_machine_state)([./]|$)|^(adapter|ema_teacher)\."
+)
 
 # The layer's own name of a norm -> the one it is stored by, that of the linear layer behind it. The
 # norm before a mixture of experts has no such layer.

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from torch import Tensor
 
 from megaopd.batch import PackedBatch, TeacherSignal, TokenScores
 from megaopd.checkpoint.loading import load_model
+from megaopd.checkpoint.pieces import Piece, StoredPieces
 from megaopd.checkpoint.saving import save_model
+from megaopd.checkpoint.training_state import ModelState
 from megaopd.config import Config, LossConfig
 from megaopd.engine import schedule
 from megaopd.engine.offload import (
@@ -239,6 +242,24 @@ class MegatronStudent:
                 *(self.chunks, self.arch, self.groups, root, self.num_updates, source_dir),
                 overwrite=True,
             )
+
+    @cached_property
+    def _state(self) -> ModelState:
+        frozen_base = self.lora is not None
+        return ModelState(self.chunks, self.optimizer, self.groups, frozen_base)
+
+    def saved_pieces(self) -> Iterator[Piece]:
+        """This rank's share of weights, adapters and optimizer state: of `megaopd.checkpoint`'s
+        `StatePart`."""
+        with self.weights.on_device(), self.training_state.on_device():
+            yield from self._state.saved_pieces()
+
+    def restore(self, stored: StoredPieces, num_updates: int) -> None:
+        """Goes on from stored weights and optimizer state, whatever layout stored them."""
+        with self.weights.on_device(), self.training_state.on_device():
+            self._state.restore(stored, num_updates)
+        self.scheduler.num_steps = num_updates
+        self.scheduler.step(0)  # sets the rate of that step
 
     def weight_shards(self) -> Mapping[str, Tensor]:
         """This rank's shards of all weights, frozen ones too, by canonical global name: views, or

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from megaopd.storage.manifest import MANIFEST, check_listing, read_manifest
 POINTER = "latest_checkpointed_iteration.txt"
 
 _STEP = re.compile(r"^iter_(\d{7,})$")
+_LEFTOVER = re.compile(r"^\.iter_\d{7,}\.(partial|removed)$")
 _CONFIG, _COMPANIONS, _METADATA = "config.json", "hf", ".metadata"
 
 
@@ -34,7 +36,23 @@ def is_megatron(path: str | Path) -> bool:
         return False
     if _STEP.match(path.name) or (path / _METADATA).exists() or (path / POINTER).exists():
         return path.is_dir()
-    return bool(_steps(path))
+    return bool(stored_steps(path))
+
+
+def stored_steps(root: Path) -> list[int]:
+    """Returns the steps that have a directory, complete or not, in ascending order."""
+    if not root.is_dir():
+        return []
+    found = (_STEP.match(name) for name in os.listdir(root))
+    return sorted(int(match[1]) for match in found if match and (root / match[0]).is_dir())
+
+
+def remove_leftovers(root: Path) -> None:
+    """Removes what a killed process left of steps that were never complete, or no longer are."""
+    if root.is_dir():
+        for name in os.listdir(root):
+            if _LEFTOVER.match(name):
+                shutil.rmtree(root / name, ignore_errors=True)
 
 
 def is_complete(directory: Path) -> bool:
@@ -49,7 +67,7 @@ def is_complete(directory: Path) -> bool:
 
 def complete_steps(root: str | Path) -> list[int]:
     """Returns the complete steps in ascending order."""
-    return [step for step in _steps(Path(root)) if is_complete(step_directory(root, step))]
+    return [step for step in stored_steps(Path(root)) if is_complete(step_directory(root, step))]
 
 
 def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
@@ -78,7 +96,7 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
         return _complete(path, path.parent)
     if step is not None:
         return _complete(step_directory(path, step), path)
-    steps = _steps(path)
+    steps = stored_steps(path)
     if not steps:
         raise CheckpointError(
             str(path), "has no iter_* directory", "give a Megatron checkpoint's directory"
@@ -120,14 +138,7 @@ def hf_directory(path: str | Path, step: int | None = None) -> Path:
 
 
 def _has_manifest(path: Path) -> bool:
-    return (path / MANIFEST).exists() and not _steps(path)
-
-
-def _steps(root: Path) -> list[int]:
-    if not root.is_dir():
-        return []
-    found = (_STEP.match(name) for name in os.listdir(root))
-    return sorted(int(match[1]) for match in found if match and (root / match[0]).is_dir())
+    return (path / MANIFEST).exists() and not stored_steps(path)
 
 
 def _complete(directory: Path, root: Path) -> Path:

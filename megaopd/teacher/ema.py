@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megaopd.checkpoint.pieces import Piece, StoredPieces, pieces
+from megaopd.checkpoint.places import ParameterPlaces
 from megaopd.config import TeacherConfig
 from megaopd.data.packing import Batching
 from megaopd.engine.offload import HostOffload
@@ -18,6 +20,8 @@ from megaopd.parallel.groups import ParallelGroups
 from megaopd.protocols import Student
 from megaopd.teacher.head import HeadSlot, HostedHead
 from megaopd.teacher.megatron import MegatronTeacher
+
+_KEYS = "ema_teacher"
 
 
 class EMATeacher(MegatronTeacher):
@@ -56,6 +60,8 @@ class EMATeacher(MegatronTeacher):
         experts = {n for n, mapping in param_mappings(arch).items() if mapping.expert is not None}
         peers = {n: groups.expt_dp if n in experts else groups.dp_cp for n in own}
         with self.offload.on_device():
+            places = ParameterPlaces(self.chunks, groups)
+            self._places = {name: places[param] for name, param in own.items()}
             self.average = ShardedAverage(own, peers, config.ema_decay)
         self.average_offload = HostOffload(
             groups.device, moved=self.average.tensors, enabled=config.offload
@@ -66,9 +72,31 @@ class EMATeacher(MegatronTeacher):
         """Takes the student's new weights into the average; collective."""
         with self.average_offload.on_device(), self.offload.on_device():
             self.average.add(student.weight_shards())
-            self.average.write()
-            if isinstance(self.head, HostedHead) and self.groups.is_last_stage:
-                self.head.renew(self.chunks[-1].head.detach())
+            self._renew()
+
+    def saved_pieces(self) -> Iterator[Piece]:
+        """This rank's part of the average: of `megaopd.checkpoint`'s `StatePart`."""
+        with self.average_offload.on_device():
+            yield from self._pieces(for_saving=True)
+
+    def restore(self, stored: StoredPieces, num_updates: int) -> None:
+        """Goes on from a stored average, whatever layout stored it."""
+        with self.average_offload.on_device(), self.offload.on_device():
+            for piece in self._pieces(for_saving=False):
+                stored.fill(piece)
+            self._renew()
+
+    def _pieces(self, *, for_saving: bool) -> Iterator[Piece]:
+        prefix = f"{_KEYS}.{self.name}." if self.name else f"{_KEYS}."
+        for name, part in self.average.parts.items():
+            start = self.average.start(name)
+            yield from pieces(prefix, self._places[name], part, start, for_saving=for_saving)
+
+    def _renew(self) -> None:
+        """Makes the average the teacher's weights."""
+        self.average.write()
+        if isinstance(self.head, HostedHead) and self.groups.is_last_stage:
+            self.head.renew(self.chunks[-1].head.detach())
 
 
 class ShardedAverage:
@@ -93,6 +121,11 @@ class ShardedAverage:
             name: _part(weight.detach(), peers[name]).to(torch.float32, copy=True)
             for name, weight in self.weights.items()
         }
+
+    def start(self, name: str) -> int:
+        """The first of a weight's elements of which this rank keeps the average."""
+        group = self.peers[name]
+        return group.rank() * _part_size(self.weights[name], group)
 
     def tensors(self) -> Iterable[Tensor]:
         """The memory of the average on this rank, fp32."""

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from megaopd.checkpoint.chunks import ChunkReader
 from megaopd.checkpoint.keys import StoredParam, stored_params
+from megaopd.checkpoint.metadata import read_metadata
 from megaopd.checkpoint.torch_dist import ChunkFile, write_metadata
 from megaopd.models.arch import read_arch
 from megaopd.models.families import param_mappings
@@ -79,3 +82,22 @@ def write_checkpoint(root: Path, hf: Path, params: Params, split: Split = in_one
     copy_companions(hf, step / "hf")
     write_manifest(step)
     return step
+
+
+def stored_tensors(directory: Path, vocab_size: int) -> dict[str, Tensor]:
+    """All tensors of a checkpoint by key, whole: no element is missing or there twice. Of a
+    vocabulary's padding nothing remains; it is 0."""
+    reader = ChunkReader(directory)
+    found = {}
+    for key, tensor in read_metadata(directory).items():
+        whole = torch.full(tensor.shape, torch.nan, dtype=tensor.dtype)
+        for chunk in tensor.chunks:
+            at = tuple(slice(o, o + n) for o, n in zip(chunk.offset, chunk.shape, strict=True))
+            assert whole[at].isnan().all(), f"{key}: stored twice"
+            reader.read(chunk, tensor.dtype, (0,) * len(chunk.shape), whole[at])
+        assert not whole.isnan().any(), f"{key}: holes"
+        if "embedding" in key or "output_layer" in key:
+            assert not whole[vocab_size:].any()
+            whole = whole[:vocab_size]
+        found[key] = whole
+    return found

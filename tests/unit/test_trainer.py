@@ -121,7 +121,7 @@ def test_the_next_rollout_samples_while_this_step_trains():
 
     def wait_for_next(step):
         if step < NUM_STEPS:
-            _, rollout = trainer._rollouts[0]
+            rollout = trainer.rollouts.pending[0]
             engine.wait_for(lambda: len(rollout.token_versions) == 2)
             assert rollout.token_versions == [step - 1] * 2
 
@@ -246,7 +246,7 @@ def test_steps_whose_samples_others_wrote():
         return Written(step, prompts)
 
     trainer, recorded = make_trainer(1, engine)
-    trainer.start_rollout = start
+    trainer.rollouts.start = start
     trainer.fit()
     assert [step for step, _ in asked] == [1, 2, 3, 4]
     assert len({seed for _, seed in asked}) == NUM_STEPS
@@ -268,7 +268,7 @@ def test_weights_travel_only_where_the_student_is_asked():
         whose = dict.fromkeys((p.prompt_id for p in prompts), "teacher")
         return MixedRollout(tuple(prompts), whose, [author.start(prompts, params)], [])
 
-    trainer.start_rollout = start
+    trainer.rollouts.start = start
     trainer.fit()
     events = "".join({"load": "L", "start": "e"}[name] for name, _ in trainer.engine.events)
     assert events == "Lee" * 3  # before the first step, after the second and the last
