@@ -23,7 +23,10 @@ def test_a_recipe_lies_over_the_demo(name: str) -> None:
 def test_a_recipe_has_its_paragraph(name: str) -> None:
     text = (REPOSITORY / "docs" / "recipes.md").read_text()
     assert f"\n## {name}\n\n" in text
-    assert len(text.split(f"\n## {name}\n")[1].split("\n## ")[0]) > 200
+    paragraph = text.split(f"\n## {name}\n")[1].split("\n## ")[0]
+    assert len(paragraph) > 200
+    # The keys of the originals, and what they are here.
+    assert " | here |\n|-|-|\n" in paragraph
 
 
 def test_self_distillation_with_and_without_a_second_copy() -> None:
