@@ -39,7 +39,7 @@ def check_rollout_servers(config: Config, environ: Mapping[str, str]) -> None:
     rollout = config.rollout
     if rollout.kind == "sglang":
         _check_source(rollout)
-        _check_host(rollout.sglang.host)
+        check_host("rollout.sglang.host", rollout.sglang.host)
         _check_args(rollout.sglang.args)
         check_urls("rollout.urls", rollout.urls, rollout.sglang.api_key_env, environ)
     elif rollout.launch or rollout.urls:
@@ -140,12 +140,17 @@ def _check_source(rollout: RolloutConfig) -> None:
         )
 
 
-def _check_host(host: str) -> None:
+def check_host(key: str, host: str) -> None:
+    """Checks an address that this run listens on.
+
+    Raises:
+        ConfigError: the whole network reaches it.
+    """
     address = _address(host)
-    if address is not None and (address.is_global or address.is_unspecified):
+    if not host or (address is not None and (address.is_global or address.is_unspecified)):
         raise ConfigError(
-            "rollout.sglang.host",
-            f"{host}, which the whole network reaches",
+            key,
+            f"{host or 'empty'}, which the whole network reaches",
             "give the address of loopback or of the job's private interface",
         )
 

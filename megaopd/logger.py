@@ -107,6 +107,7 @@ _STEP_PARTS = {
 }
 _EVAL_PARTS = {
     "eval/accuracy": "acc {:.3f}",
+    "eval/teacher_accuracy": "teacher's acc {:.3f}",
     "eval/reverse_kl": "reverse KL {:.4f}",
     "eval/reverse_kl_lower_bound": "reverse KL >= {:.4f}",
     "eval/reverse_kl_estimate": "reverse KL ~ {:.4f}",

@@ -1,4 +1,5 @@
-"""Where the numbers of a run go: console and metrics.jsonl, TensorBoard, Weights & Biases.
+"""Where the numbers of a run go: console and metrics.jsonl, TensorBoard, Weights & Biases,
+Prometheus, and report.html as it grows.
 
 Names have the form ``group/name``; names that end in ``_s`` are seconds.
 """
@@ -6,8 +7,6 @@ Names have the form ``group/name``; names that end in ``_s`` are seconds.
 from __future__ import annotations
 
 import importlib.util
-import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,11 +18,12 @@ import torch
 import torch.distributed as dist
 
 from megaopd.config import Config
-from megaopd.errors import DataError, EnvironmentFault
+from megaopd.errors import EnvironmentFault
 from megaopd.logger import Progress, get_logger
 from megaopd.memory import take_peak
-
-METRICS_FILE = "metrics.jsonl"
+from megaopd.metrics_file import METRICS_FILE, json_line, read_metrics
+from megaopd.prometheus import PrometheusSink
+from megaopd.report_refresh import RefreshedReport
 
 logger = get_logger(__name__)
 
@@ -46,7 +46,8 @@ class MetricsWriter:
             kept, later ones, which will be written again, dropped. None starts a new file.
 
     Raises:
-        EnvironmentFault: Weights & Biases is configured and not installed (on every rank).
+        EnvironmentFault: Weights & Biases is configured and not installed (on every rank), or
+            Prometheus' port cannot be listened on (on the rank that writes).
     """
 
     def __init__(
@@ -65,14 +66,20 @@ class MetricsWriter:
         self._sinks: list[_Sink] = []
         if not enabled:
             return
+        log, num_steps = config.log, config.train.num_steps
+        if log.prometheus_port:  # first, for nothing is left behind where it fails
+            name, host, port = config.run.name, log.prometheus_host, log.prometheus_port
+            self._sinks.append(PrometheusSink(name, num_steps, host, port))
         directory = Path(run_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        self._sinks.append(_Console(config.train.num_steps))
+        self._sinks.append(_Console(num_steps))
         self._sinks.append(_JsonLines(directory / METRICS_FILE, resume_step))
-        if config.log.tensorboard:
+        if log.tensorboard:
             self._sinks.extend(_tensorboard(directory / "tensorboard", resume_step))
         if config.log.wandb_project:
             self._sinks.append(_WeightsAndBiases(directory, config))
+        if log.report_interval:
+            self._sinks.append(_report(directory, config, resume_step))
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes the metrics of a step: numbers, booleans or one-element tensors."""
@@ -115,53 +122,16 @@ class _JsonLines:
             kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
         # Replaced in one go: a run killed here still has its old file.
         fresh = path.with_suffix(".tmp")
-        fresh.write_text("".join(_json_line(**row) for row in kept), encoding="utf-8")
+        fresh.write_text("".join(json_line(row.pop("step"), row) for row in kept), encoding="utf-8")
         fresh.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._file.write(_json_line(step, **metrics))
+        self._file.write(json_line(step, metrics))
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
-
-
-def _json_line(step: int, **metrics: float) -> str:
-    row = {"step": int(step), **{name: _encode(value) for name, value in metrics.items()}}
-    return json.dumps(row, allow_nan=False) + "\n"
-
-
-def _encode(value: float) -> float | int | str:
-    """JSON has no NaN and no infinity: they become strings, which `float` reads back."""
-    if not math.isfinite(value):
-        return {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
-    return int(value) if value.is_integer() and abs(value) < 2**53 else value
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Reads metrics.jsonl: one dictionary per line, `step` an int, everything else a float.
-
-    A last line that a killed run left half written is dropped.
-
-    Raises:
-        DataError: no such file, or a line before the last that is not what `MetricsWriter` writes.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(str(path), error.strerror or str(error), "name a run's metrics") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            step = int(row.pop("step"))
-            rows.append({"step": step, **{name: float(value) for name, value in row.items()}})
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            if number == len(lines):
-                break
-            raise DataError(f"{path}:{number}", "not a line of metrics", "remove it") from error
-    return rows
 
 
 class _TensorBoard:
@@ -188,6 +158,19 @@ def _tensorboard(directory: Path, resume_step: int | None) -> list[_Sink]:
             stale.unlink()
         return [_TensorBoard(SummaryWriter(str(directory)))]
     return [_TensorBoard(SummaryWriter(str(directory), purge_step=resume_step + 1))]
+
+
+def _report(directory: Path, config: Config, resume_step: int | None) -> _Sink:
+    # A new run has no answers yet; those in the directory are older than its configuration.
+    config_file = directory / "config.yaml"
+    fresh = resume_step is None and config_file.is_file()
+    return RefreshedReport(
+        directory,
+        config.train.num_steps,
+        config.log.report_interval,
+        config.log.num_report_samples,
+        since=config_file.stat().st_mtime if fresh else 0.0,
+    )
 
 
 class _WeightsAndBiases:

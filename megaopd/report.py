@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from megaopd.metrics import METRICS_FILE, read_metrics
+from megaopd.metrics_file import METRICS_FILE, Row, read_metrics
 from megaopd.report_page import write_page
 from megaopd.report_svg import Point, format_number, legend, line_chart, stacked_chart
 
@@ -130,13 +130,19 @@ HEADLINES = (
 
 
 def write_report(
-    run_dir: str | Path, summary: Mapping[str, Any], samples: Sequence[Mapping[str, Any]] = ()
+    run_dir: str | Path,
+    summary: Mapping[str, Any],
+    samples: Sequence[Mapping[str, Any]] = (),
+    state: str = "",
+    rows: Sequence[Row] | None = None,
 ) -> Path:
     """Writes run_dir/report.html from run_dir/metrics.jsonl.
 
     Args:
         summary: what summary.json holds; missing or null figures are left out.
         samples: dictionaries with prompt, answer, before, after, before_correct, after_correct.
+        state: what the run is at, for the top of the page.
+        rows: the metrics, where they are read already.
 
     Returns:
         The path of the page.
@@ -145,11 +151,13 @@ def write_report(
         DataError: metrics.jsonl cannot be read.
     """
     directory = Path(run_dir)
-    rows = read_metrics(directory / METRICS_FILE)
+    if rows is None:
+        rows = read_metrics(directory / METRICS_FILE)
     name = directory.resolve().name
     body = "\n".join(
         [
             f"<h1>{escape(name)}</h1>",
+            f'<p class="state">{escape(state)}</p>' if state else "",
             _headlines(summary),
             "<h2>Curves</h2>",
             f'<div class="charts">{_charts(rows, summary)}</div>',

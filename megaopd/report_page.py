@@ -11,14 +11,16 @@ from pathlib import Path
 
 
 def write_page(path: Path, title: str, body: str) -> None:
-    """Writes a page.
+    """Writes a page; a reader sees the old one or the new one.
 
     Args:
         title: plain text.
         body: HTML; characters that UTF-8 has not (half a surrogate pair) are written as escapes.
     """
     page = _PAGE.format(title=escape(title), style=_STYLE, body=body)
-    path.write_text(page, encoding="utf-8", errors="backslashreplace")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(page, encoding="utf-8", errors="backslashreplace")
+    partial.replace(path)
 
 
 _PAGE = """<!doctype html>
@@ -49,7 +51,8 @@ _STYLE = """
     --series-5: #9085e9; --series-6: #d55181; --series-7: #898781; } }
 body { margin: 0 auto; padding: 24px; max-width: 1080px; background: var(--page);
   color: var(--ink); font: 14px/1.45 system-ui, -apple-system, "Segoe UI", sans-serif; }
-h1 { font-size: 22px; margin: 0 0 16px; } h2 { font-size: 16px; margin: 28px 0 10px; }
+h1 { font-size: 22px; margin: 0 0 16px; } .state { margin: -10px 0 16px; color: var(--soft); }
+h2 { font-size: 16px; margin: 28px 0 10px; }
 .tiles { display: flex; flex-wrap: wrap; gap: 12px; }
 .tiles div { background: var(--card); border: 1px solid var(--grid); border-radius: 8px;
   padding: 10px 14px; }
