@@ -131,10 +131,13 @@ def _checked(row: Row, example: Example) -> Example:
     )
     if not "".join(texts).strip():
         raise row.error("an empty prompt", "mend or remove the row")
-    try:
-        "".join([*texts, example.answer or "", example.response or ""]).encode()
-    except UnicodeEncodeError as error:
-        raise row.error("half of a surrogate pair", "mend the text's encoding") from error
+    parts = {"prompt": "".join(texts), "answer": example.answer, "response": example.response}
+    for part, written in parts.items():
+        try:
+            (written or "").encode()
+        except UnicodeEncodeError as error:
+            found = f"half of a surrogate pair in the {part}"
+            raise row.error(found, "mend the text's encoding") from error
     return example
 
 

@@ -184,13 +184,15 @@ def _aime(row: Row, columns: Columns) -> Example:
         problem = text(row, "problem", "Problem", "question", "prompt")
     names = ("answer", "Answer", "reward_model.ground_truth")
     if columns.answer or any(row.has(name) for name in names):
-        answer = text(row, *([columns.answer] if columns.answer else names))
+        column = columns.answer or _first(row, names)
+        answer = text(row, column)
     else:
-        answer = _boxed(row)
+        column, answer = "solution", _boxed(row)
     found = _AIME_ANSWER.fullmatch(answer)
     if found is None:
         raise row.error(
-            f"the answer is {excerpt(answer)}", "AIME's are integers from 0 to 999; mend the row"
+            f"column {column!r} has the answer {excerpt(answer)}",
+            "AIME's are integers from 0 to 999; mend the row",
         )
     return Example(bare(problem), found[1], example_id, response=_solution(row))
 
