@@ -45,6 +45,7 @@ def run_module(
     num_ranks: int = 1,
     timeout_s: float = 60,
     kill_when: Callable[[], bool] | None = None,
+    kill_with: int = signal.SIGKILL,
     **env: str,
 ) -> subprocess.CompletedProcess[str]:
     """`python -m module argv` from the repository's root; with `num_ranks` above 1 that many of
@@ -53,7 +54,8 @@ def run_module(
     Nothing of it outlives the call: each rank has a process group of its own, which is killed.
 
     Args:
-        kill_when: asked every few milliseconds; once it holds, SIGKILL ends all ranks.
+        kill_when: asked every few milliseconds; once it holds, all ranks get a signal.
+        kill_with: the signal.
 
     Returns:
         what all ranks wrote, and the status of the one that failed first, or 0.
@@ -78,7 +80,7 @@ def run_module(
                 process.start()
                 processes.append(process)
             if kill_when is not None:
-                _kill_when(kill_when, processes, deadline)
+                _kill_when(kill_when, kill_with, processes, deadline)
             status = _wait_for(processes, deadline)
         finally:
             for process in processes:
@@ -89,13 +91,15 @@ def run_module(
     return subprocess.CompletedProcess([module, *argv], status, out, err)
 
 
-def _kill_when(holds: Callable[[], bool], processes: Sequence[Any], deadline: float) -> None:
+def _kill_when(
+    holds: Callable[[], bool], number: int, processes: Sequence[Any], deadline: float
+) -> None:
     while not holds():
         if not all(process.is_alive() for process in processes) or time.monotonic() > deadline:
             return
         time.sleep(0.005)
     for process in processes:
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, number)
 
 
 def _wait_for(processes: Sequence[Any], deadline: float) -> int | None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from tests.helpers.processes import run_module
 from tests.helpers.tiny_models import make_tiny_model
@@ -45,10 +46,15 @@ log: {{tensorboard: false}}
 
 
 def run_training(
-    config: Path, num_ranks: int, *overrides: str, timeout_s: float = 150
+    config: Path, num_ranks: int, *overrides: str, timeout_s: float = 150, **killing: Any
 ) -> subprocess.CompletedProcess[str]:
-    """The ranks of `torchrun -m megaopd.train conf=... overrides`, without torchrun around them."""
-    return run_module("megaopd.train", [f"conf={config}", *overrides], num_ranks, timeout_s)
+    """The ranks of `torchrun -m megaopd.train conf=... overrides`, without torchrun around them.
+
+    Args:
+        killing: `kill_when` and `kill_with`, see `run_module`.
+    """
+    argv = [f"conf={config}", *overrides]
+    return run_module("megaopd.train", argv, num_ranks, timeout_s, **killing)
 
 
 def torchrun_training(
