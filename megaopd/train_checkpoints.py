@@ -25,7 +25,7 @@ _FIXED = ("student.dtype", "student.freeze", "student.lora", "teacher.kind")
 _FREE = (
     *("run.", "log.", "checkpoint.", "deadline.", "guard.", "parallel.", "eval."),
     *("train.num_steps", "train.max_wall_time", "train.export", "train.offload"),
-    *("train.recompute", "rollout.sglang."),
+    *("train.recompute", "rollout.sglang.", "rollout.urls", "rollout.launch"),
 )
 
 

@@ -139,7 +139,7 @@ def _start_servers(config: Config, world: World, first_gpu: int | None) -> Serve
     from megaopd.rollout.sglang.ranks import Ranks
 
     ranks = Ranks(world.rank, world.world_size)
-    fleet = _fleet(config, world, first_gpu) if world.rank == 0 else None
+    fleet = server_fleet(config, world, first_gpu) if world.rank == 0 else None
     with ThreadPoolExecutor(max_workers=1) as starter:
         start = starter.submit(fleet.start) if fleet else None
         try:
@@ -163,7 +163,7 @@ def _is_done(start: Future[None]) -> bool:
     return True
 
 
-def _fleet(config: Config, world: World, first_gpu: int | None = None) -> ServerFleet:
+def server_fleet(config: Config, world: World, first_gpu: int | None = None) -> ServerFleet:
     """The servers of this host, not started yet.
 
     Raises:

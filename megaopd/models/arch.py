@@ -237,12 +237,18 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+# Directories that tools of this repository make, by what their configurations call them.
+_MADE_BY = {".cache/debug": "tools/prepare_debug.py", ".cache/demo": "tools/prepare_demo.py"}
+
+
 def _read_json_object(file: Path) -> dict[str, Any]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        made_by = [tool for directory, tool in _MADE_BY.items() if file.is_relative_to(directory)]
+        remedy = f"run python {made_by[0]}" if made_by else ""
         raise CheckpointError(
-            str(file), "no such file", "give a directory that save_pretrained wrote"
+            str(file), "no such file", remedy or "give a directory that save_pretrained wrote"
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(

@@ -10,7 +10,7 @@ import torch
 
 from megaopd.config import Config, RolloutConfig, SGLangConfig, StudentConfig
 from megaopd.errors import ConfigError
-from megaopd.train_servers import _fleet
+from megaopd.train_servers import server_fleet
 from tests.helpers.tiny_models import make_tiny_model
 
 
@@ -28,7 +28,7 @@ def test_servers_take_the_gpus_that_are_left(tmp_path, monkeypatch):
 
     def first_gpus(*more: int, **changes: object) -> list[int]:
         rollout = replace(config.rollout, sglang=replace(config.rollout.sglang, **changes))
-        fleet = _fleet(replace(config, rollout=rollout), world, *more)
+        fleet = server_fleet(replace(config, rollout=rollout), world, *more)
         return [server.spec.first_gpu for server in fleet.servers]
 
     assert first_gpus() == [4, 6]

@@ -65,6 +65,8 @@ class SGLangServer:
         url: ``http://host:port`` of the last start.
         api_key: see above.
         admin_key: see above; the API key where the server's version has no other.
+        keep_port: whether a later start takes the port of the one before, for those who know it by
+            its URL alone.
         version: of sglang, once it has started.
         start_s: seconds from the last start to the first answer.
     """
@@ -86,6 +88,7 @@ class SGLangServer:
         self._own_admin_key = admin_key or secrets.token_urlsafe(32)
         self.admin_key = self._own_admin_key
         self.url = ""
+        self.keep_port = False
         self.version = ""
         self.start_s = 0.0
         self._start_timeout_s = start_timeout_s
@@ -113,7 +116,8 @@ class SGLangServer:
         self.stop()
         check_args(self.spec.args)
         check_not_public(self.spec.host)
-        port = free_port(self.spec.host)
+        port = urllib.parse.urlsplit(self.url).port if self.keep_port and self.url else None
+        port = port or free_port(self.spec.host)
         host = f"[{self.spec.host}]" if ":" in self.spec.host else self.spec.host
         self.url = f"http://{host}:{port}"
         order = {
