@@ -40,7 +40,7 @@ LAYERS = (
     ("teacher", "convert"),
     (
         "train train_checkpoints train_export train_loop train_rollout train_servers train_teachers"
-        " evaluation.cli",
+        " serve evaluation.cli",
     ),
     ("verify",),
 )
