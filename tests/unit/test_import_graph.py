@@ -22,16 +22,17 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megaopd"
 # lines above it here, never one of its own line or below. The longest name that fits counts:
 # models.mapping is a room of its own, outside models.
 LAYERS = (
+    ("redaction",),
     ("errors", "logger", "memory", "parallel.cpu"),
     ("storage", "interruption"),
     (
         "config config_compose config_credit config_files config_layouts config_loss config_lora"
-        " config_mixture config_reliability config_rollout config_schema config_servers"
-        " config_teachers config_validate",
+        " config_mixture config_reliability config_rollout config_schema config_secrets"
+        " config_servers config_teachers config_validate",
         "batch",
     ),
-    ("parallel.layout", "metrics_file", "prometheus", "report_page report_svg"),
-    ("report report_refresh",),
+    ("parallel.layout", "metrics_file", "run_status", "prometheus", "report_page report_svg"),
+    ("report report_refresh", "status"),
     ("protocols", "metrics", "data", "parallel"),
     ("losses", "credit", "rewards", "rollout", "models.mapping models.families"),
     ("models", "weight_sync", "evaluation"),
@@ -68,6 +69,8 @@ ONLY_IMPORTERS = {
 
 # Module -> what must not be loaded by importing it; imported in this order in one fresh process.
 LIGHT = {
+    "status.__main__": ("torch", "hydra", "omegaconf", "yaml", "asyncio"),
+    "report": ("torch", "hydra"),
     "config": ("torch", "megatron", "transformers"),
     "data.packing": ("megatron", "transformers"),
     "losses": ("megatron", "transformers"),
