@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import ipaddress
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -25,6 +26,8 @@ _OUR_FLAGS = {
     "--api-key": "put the key into the variable that rollout.sglang.api_key_env names",
     "--admin-api-key": "put the key into the variable that rollout.sglang.admin_key_env names",
 }
+# Its other flags that take a secret, while all arguments are shown in logs and reports.
+_SECRET_FLAG = re.compile(r"--.*(passw|ssl-keyfile-p|secret|credential|auth)")
 
 
 def check_rollout_servers(config: Config, environ: Mapping[str, str]) -> None:
@@ -157,9 +160,20 @@ def check_host(key: str, host: str) -> None:
 
 def _check_args(args: Sequence[str]) -> None:
     for i, word in enumerate(args):
-        if remedy := _OUR_FLAGS.get(word.split("=")[0]):
-            found = f"{word.split('=')[0]}, which the run sets by itself"
-            raise ConfigError(f"rollout.sglang.args[{i}]", found, remedy)
+        where = f"rollout.sglang.args[{i}]"
+        flag = re.split(r"[=\s]", word)[0]
+        if remedy := _remedy_of(flag):
+            raise ConfigError(where, f"{flag}, which the run sets by itself", remedy)
+        if _SECRET_FLAG.match(flag):
+            raise ConfigError(where, f"{flag}, which takes a secret", "start the server yourself")
+
+
+def _remedy_of(flag: str) -> str | None:
+    """What to do instead of a flag of ours, or of what argparse takes for one: its beginning."""
+    if not flag.startswith("--") or flag in _OUR_FLAGS:
+        return _OUR_FLAGS.get(flag)
+    keys = (ours for ours in _OUR_FLAGS if ours.startswith(flag) and "key" in ours)
+    return _OUR_FLAGS.get(next(keys, ""))
 
 
 def check_urls(
@@ -179,11 +193,6 @@ def check_urls(
             raise ConfigError(
                 where, f"found {url!r} ({error})", "write it as http://host:port"
             ) from error
-        if parts.username is not None or parts.password is not None:
-            # Not repeated: it holds a secret.
-            raise ConfigError(
-                where, "it holds a user name or password", f"put the key into ${key_variable}"
-            )
         extra = parts.path.strip("/") or parts.query or parts.fragment
         if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or extra:
             raise ConfigError(where, f"found {url!r}", "write it as http://host:port")

@@ -15,6 +15,7 @@ from megaopd.config_layouts import Architecture, check_model, check_ranks
 from megaopd.config_loss import check_loss
 from megaopd.config_mixture import check_mixture
 from megaopd.config_schema import nearest
+from megaopd.config_secrets import check_secrets
 from megaopd.config_servers import check_host, check_rollout_servers, check_teacher_servers
 from megaopd.config_teachers import WITH_PATH, check_teachers
 from megaopd.errors import ConfigError
@@ -112,6 +113,7 @@ def validate(
     Raises:
         ConfigError: the first rule that does not hold.
     """
+    check_secrets(config, environ)
     _check_ranges(config)
     _check_choices(config, divergences, rewards, tools)
     _check_needs(config)

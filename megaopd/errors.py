@@ -11,6 +11,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from megaopd.redaction import redact, redact_output
+
 
 class MegaOPDError(Exception):
     """Base of all errors that end in one line on stderr.
@@ -73,12 +75,15 @@ class StopRequested(MegaOPDError):
 def run_cli(main: Callable[[list[str]], None], argv: list[str]) -> None:
     """Runs `main(argv)`; turns a `MegaOPDError` into one line and its exit status.
 
+    Neither holds a secret (`megaopd.redaction`), nor does what the process logs.
+
     ``--debug`` anywhere in argv is removed and lets the traceback through. Before the process group
     exists every rank finds the same error, and rank 0 alone prints it; afterwards a rank prints
     what it met by itself. The process leaves through `os._exit` because the other ranks may be
     waiting in a collective that will never complete.
     """
     debug = "--debug" in argv
+    redact_output()
     try:
         main([a for a in argv if a != "--debug"])
     except MegaOPDError as error:
@@ -86,7 +91,7 @@ def run_cli(main: Callable[[list[str]], None], argv: list[str]) -> None:
             raise
         if os.environ.get("RANK", "0") == "0" or (_in_process_group() and not error.agreed):
             kind = "stopped" if isinstance(error, StopRequested) else "error"
-            print(f"{kind}: {error}", file=sys.stderr, flush=True)
+            print(redact(f"{kind}: {error}"), file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(error.exit_status)
 

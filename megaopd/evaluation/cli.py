@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from megaopd.batch import SamplingParams
 from megaopd.config import Config, DataConfig
+from megaopd.config_secrets import check_secrets
 from megaopd.config_servers import check_local, check_rollout_servers
 from megaopd.errors import ConfigError, DataError, MegaOPDError, run_cli
 from megaopd.evaluation.arguments import check, parser, run_config
@@ -71,6 +72,7 @@ def main(argv: list[str]) -> None:
         stop_token_ids=stop_token_ids(tokenizer, args.model, args.stop),
     )
     config = run_config(args)
+    check_secrets(config, os.environ)
     if config.rollout.kind == "sglang":
         check_rollout_servers(config, os.environ)
         check_local(config.rollout)

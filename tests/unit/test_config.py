@@ -722,7 +722,7 @@ def test_what_can_work_is_not_refused(
         (
             [SGLANG, "rollout.urls=['http://me:secret@localhost:1']"],
             3,
-            "rollout.urls[0]: it holds a user name or password; put the key into $MEGAOPD_SGLANG",
+            "rollout.urls[0]: it holds a user name or password; take it out",
         ),
         *(
             (

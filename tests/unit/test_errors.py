@@ -23,6 +23,7 @@ EXIT_STATUS = {
     "EnvironmentFault": 5,
     "NumericError": 6,
     "RolloutError": 7,
+    "StopRequested": 75,
 }
 
 SCRIPT = """
@@ -89,7 +90,8 @@ def test_every_class_has_a_status_of_its_own():
 def test_one_line_and_the_status(name):
     done = _run(name, "x=1")
     assert done.returncode == EXIT_STATUS[name]
-    assert done.stderr == "error: loss.kind: no 'revers_kl'; choose reverse_kl\n"
+    kind = "stopped" if name == "StopRequested" else "error"
+    assert done.stderr == f"{kind}: loss.kind: no 'revers_kl'; choose reverse_kl\n"
     assert done.stdout == f"argv ['{name}', 'x=1']\nno newline"  # nothing of stdout is lost
 
 
@@ -105,7 +107,7 @@ def test_afterwards_a_rank_says_what_it_met_by_itself():
     done = _python(IN_A_GROUP, *EXIT_STATUS, RANK="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [f"{n}={status}" for n, status in EXIT_STATUS.items()]
-    agreed = {"NumericError", "RolloutError"}
+    agreed = {"NumericError", "RolloutError", "StopRequested"}
     spoke = [name for name in EXIT_STATUS if name not in agreed]
     assert done.stderr.splitlines() == [f"error: {name}: found; remedy" for name in spoke]
 
