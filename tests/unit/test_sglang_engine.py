@@ -121,7 +121,8 @@ def test_a_rejected_prompt_is_set_aside(engine, servers):
     assert 1 <= len(aside) <= 2
     assert_right(samples, [p for p in PROMPTS if p.prompt_id not in aside])
     assert engine.metrics["rollout/set_aside"] == len(aside)
-    assert engine.metrics["rollout/retries"] == 0
+    assert engine.metrics["rollout/retries"] == engine.metrics["rollout/servers_back"] == 0
+    assert engine.metrics["rollout/servers_up"] == 2
     servers[0].faults = [500]
     assert_right(engine.generate(PROMPTS, PARAMS))
     # Of this rollout alone.

@@ -93,8 +93,9 @@ class Sampler:
         self._counted = counters
         metrics = {
             f"rollout/{name}": float(counters.get(name, 0) - before.get(name, 0))
-            for name in ("retries", "cuts", "servers_lost")
+            for name in ("retries", "cuts", "servers_lost", "servers_back")
         }
+        metrics["rollout/servers_up"] = float(len(self._pool.up()))
         aside = {i // params.n for i, answer in enumerate(answers) if isinstance(answer, Rejected)}
         good = [answer for answer in answers if isinstance(answer, Conversation)]
         return {**metrics, **mean_metrics(good), "rollout/set_aside": float(len(aside))}
