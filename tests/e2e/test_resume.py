@@ -99,6 +99,10 @@ def test_everything_that_a_run_keeps_goes_on(folder, kind):
         reward = folder / "rewards.py"
         reward.write_text("def even(response, answer):\n    return float(len(response) % 2)\n")
         options = tuple(o.replace("format_length", f"{reward}:even") for o in options)
+        # Prompts of the first half come again in the second, with their pass rates.
+        rows = (folder / "train.jsonl").read_text().splitlines(keepends=True)[:8]
+        (folder / "few.jsonl").write_text("".join(rows))
+        options += (f"data.train={folder}/few.jsonl",)
     else:
         # Student and teacher differ by their prompts.
         rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
