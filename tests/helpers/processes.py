@@ -152,4 +152,8 @@ def _run(module: str, argv: list[str], environment: Mapping[str, str], texts: li
         os.close(file)
     warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
     sys.argv = [module, *argv]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except Exception as error:  # as Python does, and multiprocessing does not
+        sys.excepthook(type(error), error, error.__traceback__)
+        sys.exit(1)
