@@ -6,11 +6,12 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
-from math import prod
+from math import lcm, prod
 from pathlib import Path
 from typing import Any
 
 from megaopd.batch import Prompt
+from megaopd.config import Config
 from megaopd.errors import ConfigError, DataError, EnvironmentFault
 from megaopd.inputs import (
     read_config,
@@ -20,7 +21,9 @@ from megaopd.inputs import (
     teacher_configs,
     teacher_key,
 )
+from megaopd.models.arch import ModelArch
 from megaopd.models.families import param_mappings
+from megaopd.models.freeze import is_frozen
 from megaopd.models.lora_spec import adapter_mappings
 from megaopd.models.mapping import ParamMapping
 from megaopd.verify.setup import Setup, small_config
@@ -157,7 +160,7 @@ def _disk(setup: Setup) -> str:
     exported = model * (config.train.export + config.train.export_megatron)
     if lora is not None and config.train.export:
         exported += width * _numel(adapter_mappings(arch, lora).values())
-    needs = {"run.dir": (config.run.dir, exported)}
+    needs = {"run.dir": (config.run.dir, exported + checkpoint_bytes(config, arch))}
     sglang = config.rollout.sglang
     if config.rollout.kind == "sglang" and sglang.sync == "disk":
         needs["rollout.sglang.sync_dir"] = (sglang.sync_dir, model)
@@ -175,6 +178,30 @@ def _disk(setup: Setup) -> str:
             )
         found.append(f"{key}: {wanted / 1e9:.3g} GB to write, {free / 1e9:.3g} GB free")
     return "; ".join(found)
+
+
+def checkpoint_bytes(config: Config, arch: ModelArch) -> int:
+    """Of all checkpoints of a run that lie there at one time, the next one under way beside those
+    that are kept, and of their exports."""
+    lora, kept = config.student.lora, config.checkpoint
+    width, frozen = _DTYPE_BYTES[config.student.dtype], config.student.freeze
+    weights = param_mappings(arch).values()
+    adapters = adapter_mappings(arch, lora).values() if lora is not None else None
+    stored = _numel(weights if adapters is None else adapters)
+    trained = stored
+    if adapters is None:
+        trained = _numel(mapping for mapping in weights if not is_frozen(mapping, frozen))
+    # Two moments in fp32, and main weights where the model's are not fp32 themselves.
+    state = 4 * (2 + (config.student.dtype != "fp32"))
+    num_averages = sum(t.kind == "ema" for t in teacher_configs(config).values())
+    one = width * stored + state * trained + 4 * _numel(weights) * num_averages
+    num_saves, at_once = 1, kept.keep_last + 1
+    if kept.interval:
+        num_saves = -(-config.train.num_steps // kept.interval)
+        if kept.keep_every:
+            at_once += config.train.num_steps // lcm(kept.interval, kept.keep_every)
+    exports = width * stored * num_saves if kept.export_hf else 0
+    return min(num_saves, at_once) * one + exports
 
 
 def _existing(path: Path) -> Path:
