@@ -7,6 +7,8 @@ stages: the bubble of 1F1B and of its interleaved form (Narayanan et al., arXiv 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megaopd.config import ParallelConfig
@@ -61,6 +63,29 @@ def layer_flops(arch: ModelArch, layer: int, tokens_per_sample: float) -> tuple[
     return 2 * active_parameters(arch)[layer], attention
 
 
+def samples_flops(arch: ModelArch, lengths: Sequence[int]) -> tuple[float, float]:
+    """(products with weights, attention) of all layers for whole samples of these lengths, forward.
+
+    The embedding multiplies nothing, and the head is not in it: see `head_flops`.
+    """
+    products = 2 * sum(active_parameters(arch)) * sum(lengths)
+    layers = Counter(arch.window_size(layer) for layer in range(arch.num_layers))
+    attention = 0.0
+    for window, count in layers.items():
+        like = next(i for i in range(arch.num_layers) if arch.window_size(i) == window)
+        attention += count * sum(length * layer_flops(arch, like, length)[1] for length in lengths)
+    return products, attention
+
+
+def head_flops(vocab: int, hidden_size: int, teacher_width: int, loss_tokens: float) -> float:
+    """Logits of both sides at the loss tokens, and the gradients of hidden states and head.
+
+    Args:
+        teacher_width: of the hidden states that the teacher hands over; 0 where it hands over none.
+    """
+    return 2 * vocab * (3 * hidden_size + teacher_width) * loss_tokens
+
+
 def _model_seconds(
     work: Workload, machine: Machine, arch: ModelArch, parallel: ParallelConfig, train: bool
 ) -> tuple[float, float]:
@@ -83,10 +108,9 @@ def _model_seconds(
             elif train and recompute == "selective":
                 flops += attention * tokens
         if train and chunks[-1].has_head:
-            # Logits of both sides, and the gradients of hidden states and head.
             vocab = padded_vocab_size(arch.vocab_size, p.tensor)
-            widths = 3 * arch.hidden_size + work.teacher.hidden_size
-            flops += 2 * vocab * widths * work.num_loss_tokens / work.dp_size(p)
+            loss_tokens = work.num_loss_tokens / work.dp_size(p)
+            flops += head_flops(vocab, arch.hidden_size, work.teacher.hidden_size, loss_tokens)
         seconds = flops / split / speed
         for flow in model_flows(work, arch, p, stage, train):
             seconds += flow_seconds(flow, machine)

@@ -2,7 +2,38 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+
+# Peak dense bf16 TFLOP/s of a GPU by words of its name, from NVIDIA's data sheets; the first match
+# counts.
+PEAK_TFLOPS: dict[tuple[str, ...], float] = {
+    ("GB200",): 2500.0,
+    ("B200",): 2250.0,
+    ("B100",): 1750.0,
+    ("GH200",): 989.0,
+    ("H200", "NVL"): 835.0,
+    ("H200",): 989.0,
+    ("H100", "PCIe"): 756.0,
+    ("H100", "NVL"): 835.0,
+    ("H100",): 989.0,
+    ("H800", "PCIe"): 756.0,
+    ("H800",): 989.0,
+    ("H20",): 148.0,
+    ("A100",): 312.0,
+    ("A800",): 312.0,
+    ("L40S",): 362.0,
+    ("A40",): 149.7,
+}
+
+
+def peak_tflops(device: str, dtype: str) -> float | None:
+    """Peak dense TFLOP/s of a device, by its name (`torch.cuda.get_device_name`); None where nobody
+    knows, which holds for fp32 everywhere: its peak depends on settings of the matrix products."""
+    if dtype != "bf16":
+        return None
+    name = re.split(r"[^A-Za-z0-9]+", device)
+    return next((p for words, p in PEAK_TFLOPS.items() if set(words) <= set(name)), None)
 
 
 @dataclass(frozen=True)
