@@ -79,8 +79,9 @@ def run_cli(main: Callable[[list[str]], None], argv: list[str]) -> None:
 
     ``--debug`` anywhere in argv is removed and lets the traceback through. Before the process group
     exists every rank finds the same error, and rank 0 alone prints it; afterwards a rank prints
-    what it met by itself. The process leaves through `os._exit` because the other ranks may be
-    waiting in a collective that will never complete.
+    what it met by itself. Where each rank has a log of its own ($MEGAOPD_RANK_LOGS) all print it:
+    the first to leave is the end of the others, rank 0 included. The process leaves through
+    `os._exit` because the other ranks may be waiting in a collective that will never complete.
     """
     debug = "--debug" in argv
     redact_output()
@@ -89,7 +90,8 @@ def run_cli(main: Callable[[list[str]], None], argv: list[str]) -> None:
     except MegaOPDError as error:
         if debug:
             raise
-        if os.environ.get("RANK", "0") == "0" or (_in_process_group() and not error.agreed):
+        speaks = os.environ.get("RANK", "0") == "0" or "MEGAOPD_RANK_LOGS" in os.environ
+        if speaks or (_in_process_group() and not error.agreed):
             kind = "stopped" if isinstance(error, StopRequested) else "error"
             print(redact(f"{kind}: {error}"), file=sys.stderr, flush=True)
         sys.stdout.flush()

@@ -119,8 +119,8 @@ choose_nodes() {
   export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
   # As torchrun has it: otherwise every rank takes a thread for each core of the node.
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-  # What a rank says last is in its log when it is killed.
-  export PYTHONUNBUFFERED=1
+  # What a rank says last is in its log when it is killed, and each has its own to say it in.
+  export PYTHONUNBUFFERED=1 MEGAOPD_RANK_LOGS=1
 }
 
 address_of() {  # NODE: its address, as names of nodes need not resolve and may all be the same

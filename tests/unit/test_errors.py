@@ -102,6 +102,11 @@ def test_before_the_ranks_have_joined_rank_0_alone_speaks(rank, lines):
     assert len(done.stderr.splitlines()) == lines
 
 
+def test_ranks_with_logs_of_their_own_all_speak(monkeypatch):
+    monkeypatch.setenv("MEGAOPD_RANK_LOGS", "1")
+    assert len(_run("DataError", rank="1").stderr.splitlines()) == 1
+
+
 def test_afterwards_a_rank_says_what_it_met_by_itself():
     """What the ranks agree on first, rank 0 alone says then too."""
     done = _python(IN_A_GROUP, *EXIT_STATUS, RANK="1")
