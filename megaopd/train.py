@@ -87,8 +87,8 @@ def train(config: Config, inputs: Inputs) -> None:
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from megaopd.checkpoint.loading import agreed
     from megaopd.parallel import groups as parallel_groups
+    from megaopd.parallel.agreement import agreed
     from megaopd.parallel.device import init_distributed
 
     disable_progress_bar()

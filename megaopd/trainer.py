@@ -9,21 +9,20 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from megaopd.batch import PackedBatch, Prompt, Sample, SamplingParams, TeacherSignal
 from megaopd.config import Config
 from megaopd.credit import CreditAssignment
 from megaopd.data.packing import Batching, with_credit
 from megaopd.data.prompts import PromptStream
-from megaopd.errors import NumericError, StopRequested
+from megaopd.errors import StopRequested
 from megaopd.evaluation import EvalResult, eval_metrics, nothing_sampled
 from megaopd.evaluation.of_run import Evaluation
+from megaopd.guard import Guard
 from megaopd.interruption import Interruption
 from megaopd.logger import get_logger
 from megaopd.losses.objective import needs_teacher
 from megaopd.metrics import MetricsWriter, PhaseTimer
+from megaopd.parallel.agreement import any_rank
 from megaopd.protocols import (
     Checkpoints,
     RolloutEngine,
@@ -137,6 +136,7 @@ class OPDTrainer:
         self.checkpoints, self.watch = checkpoints, watch
         self.interruption = interruption or Interruption()
         self.keep_evaluation, self.throughput = keep_evaluation, throughput
+        self.guard = Guard(config.guard, config.train.max_skipped_steps)
         # Otherwise it is the yardstick of evaluations alone.
         self._asks_teacher = needs_teacher(config.loss) or (
             credit is not None and credit.needs_scores
@@ -152,7 +152,6 @@ class OPDTrainer:
         )
         self.done = 0
         self.mismatch_kl_max: float | None = None
-        self._skipped_in_a_row = 0
         self._weight_version = 0
         self._train_wall_s = 0.0
         self._evaluated = -1
@@ -253,7 +252,6 @@ class OPDTrainer:
                 **(self.checkpoints.metrics if self.checkpoints else {}),
             },
         )
-        self._check_finite(step, samples, result)
         return result
 
     def state_dict(self) -> dict[str, Any]:
@@ -265,9 +263,9 @@ class OPDTrainer:
             "weight_version": self.engine.weight_version,
             "prompts": self.prompts.state_dict(),
             "credit": self.credit.state_dict() if self.credit else {},
+            "guard": self.guard.state_dict(),
             "rollouts": self.rollouts.state_dict(),
             "evaluated": self._evaluated,
-            "skipped_in_a_row": self._skipped_in_a_row,
             "mismatch_kl_max": self.mismatch_kl_max,
             "train_wall_s": self._train_wall_s,
             "reverse_kl": [e and e.reverse_kl for e in (self._before, self._after)],
@@ -290,10 +288,10 @@ class OPDTrainer:
         self.prompts.load_state_dict(state["prompts"])
         if self.credit is not None:
             self.credit.load_state_dict(state["credit"])
+        self.guard.load_state_dict(state["guard"])
         self.rollouts.load_state_dict(
             state["rollouts"], {prompt.prompt_id: prompt for prompt in self.prompts.prompts}
         )
-        self._skipped_in_a_row = int(state["skipped_in_a_row"])
         self.mismatch_kl_max = state["mismatch_kl_max"]
         self._train_wall_s = float(state["train_wall_s"])
         self._evaluated = int(state["evaluated"])
@@ -318,7 +316,7 @@ class OPDTrainer:
             with self.watch("checkpoint", self.done):
                 self.checkpoints.poll()
         reason = self.interruption.reason
-        if _any_rank(reason is not None):
+        if any_rank(reason is not None):
             raise StopRequested(
                 "run", reason or "another rank was told to stop", "start it again to go on"
             )
@@ -455,29 +453,8 @@ class OPDTrainer:
             **timer.peak_memory(),
         }
         self.metrics.write(step, metrics)
-
-    def _check_finite(self, step: int, samples: Sequence[Sample], result: StepResult) -> None:
-        if not result.skipped:
-            self._skipped_in_a_row = 0
-            return
-        self._skipped_in_a_row += 1
-        ids = result.nonfinite_sample_ids or tuple(s.sample_id for s in samples)
-        logger.warning(
-            "step %d skipped: loss or gradient is not finite; samples %s", step, ", ".join(ids)
-        )
-        if self._skipped_in_a_row >= self.config.train.max_skipped_steps:
-            raise NumericError(
-                f"step {step}",
-                f"loss or gradient not finite {self._skipped_in_a_row} steps in a row, "
-                f"last with samples {', '.join(ids[:8])}",
-                "lower optimizer.lr, or look at these samples and at the teacher's weights",
-            )
-
-
-def _any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank."""
-    if not dist.is_initialized():
-        return flag
-    flags = torch.tensor([int(flag)])
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags[0])
+        if result.skipped:
+            ids = result.nonfinite_sample_ids or tuple(s.sample_id for s in samples)
+            self.guard.skipped(step, ids)
+        else:
+            self.guard.check(step, metrics)

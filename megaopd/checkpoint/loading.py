@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megaopd.checkpoint.opening import open_weights
-from megaopd.errors import MegaOPDError
 from megaopd.models import weights
 from megaopd.models.arch import ModelArch
 from megaopd.models.build import HiddenGPTModel
+from megaopd.parallel.agreement import agreed
 from megaopd.storage.manifest import MANIFEST, check_listing, read_manifest, verify_manifest
 
 
@@ -44,25 +43,6 @@ def _share(directory: Path, names: list[str], rank: int, world_size: int) -> lis
         if lightest == rank:
             mine.append(name)
     return mine
-
-
-@contextlib.contextmanager
-def agreed() -> Iterator[None]:
-    """Raises on every rank what one of them met in the block; collective at its end.
-
-    No rank goes on into a collective that the others will never join.
-    """
-    error: MegaOPDError | None = None
-    try:
-        yield
-    except MegaOPDError as found:
-        error = found
-    errors: list[MegaOPDError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    for first in errors:
-        if first is not None:
-            first.agreed = True  # one rank prints it
-            raise first
 
 
 def load_model(chunks: Sequence[HiddenGPTModel], arch: ModelArch, path: str | Path) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megaopd.checkpoint.loading import agreed, verify_together
+from megaopd.checkpoint.loading import verify_together
 from megaopd.errors import CheckpointError, ConfigError
 from megaopd.logger import get_logger
+from megaopd.parallel.agreement import agreed
 from megaopd.storage.steps import POINTER, complete_steps, step_directory, stored_steps
 
 logger = get_logger(__name__)

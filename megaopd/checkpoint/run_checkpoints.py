@@ -29,7 +29,6 @@ from torch import Tensor
 
 from megaopd.checkpoint.hf_export import HFExporter
 from megaopd.checkpoint.keys import StoredParam
-from megaopd.checkpoint.loading import agreed
 from megaopd.checkpoint.pieces import StoredPieces
 from megaopd.checkpoint.random_state import random_state, set_random_state
 from megaopd.checkpoint.resumable import FORMAT, RUN_STATE, Resumable
@@ -40,6 +39,7 @@ from megaopd.config import CheckpointConfig
 from megaopd.errors import CheckpointError, MegaOPDError
 from megaopd.logger import get_logger
 from megaopd.models.hf_io.companions import companion_bytes, copy_companions, set_config_dtype
+from megaopd.parallel.agreement import agreed
 from megaopd.storage.staged import StagedDirectory
 from megaopd.storage.steps import (
     hf_directory,

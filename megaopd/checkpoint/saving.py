@@ -23,12 +23,12 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 
 from megaopd.checkpoint.keys import StoredParam, stored_params
-from megaopd.checkpoint.loading import agreed
 from megaopd.checkpoint.torch_dist import ChunkFile, WrittenChunk, write_metadata
 from megaopd.models.arch import ModelArch
 from megaopd.models.build import HiddenGPTModel
 from megaopd.models.hf_io.companions import companion_bytes, copy_companions, set_config_dtype
 from megaopd.models.lora_layers import ADAPTERS, adapters_of
+from megaopd.parallel.agreement import agreed
 from megaopd.parallel.groups import ParallelGroups
 from megaopd.storage.manifest import MANIFEST
 from megaopd.storage.staged import StagedDirectory

@@ -33,12 +33,12 @@ LAYERS = (
     ),
     ("parallel.layout", "metrics_file", "run_status", "prometheus", "report_page report_svg"),
     ("report report_refresh", "status"),
-    ("protocols", "metrics", "data", "parallel"),
+    ("protocols", "metrics", "data", "parallel", "guard"),
     ("losses", "credit", "rewards", "rollout", "models.mapping models.families"),
     ("models", "weight_sync", "evaluation"),
     ("checkpoint",),
     ("engine", "trainer", "inputs", "summary", "plan"),
-    ("teacher", "convert"),
+    ("teacher", "convert", "throughput", "out_of_memory"),
     (
         "train train_checkpoints train_export train_loop train_rollout train_servers train_teachers"
         " serve evaluation.cli",

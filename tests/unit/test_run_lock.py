@@ -13,12 +13,13 @@ from megaopd.storage.run_lock import run_lock
 
 
 def test_the_second_is_told(tmp_path):
-    with run_lock(tmp_path):
-        with (
-            pytest.raises(ConfigError, match=r"run\.dir: .* is in use by another run; wait for it"),
-            run_lock(tmp_path, patience_s=0.3),
-        ):
-            raise AssertionError
+    said = r"run\.dir: .* is in use by another run; wait for it"
+    with (
+        run_lock(tmp_path),
+        pytest.raises(ConfigError, match=said),
+        run_lock(tmp_path, patience_s=0.3),
+    ):
+        raise AssertionError
     with run_lock(tmp_path, patience_s=0.0):
         pass
 
