@@ -118,7 +118,7 @@ def test_debug_run_is_the_run_of_torchrun(cluster, unbroken, tmp_path):
     ("word", "error"),
     [
         ("trian.num_steps=3", "error: trian: "),  # found before a rank is started
-        ("parallel.tensor=3", "error: parallel.tensor: "),
+        ("parallel.tensor=3", "error: parallel: "),
     ],
 )
 def test_wrong_words_end_the_job_in_one_line(cluster, quick, debug, tmp_path, word, error):

@@ -102,9 +102,9 @@ def test_before_the_ranks_have_joined_rank_0_alone_speaks(rank, lines):
     assert len(done.stderr.splitlines()) == lines
 
 
-def test_ranks_with_logs_of_their_own_all_speak(monkeypatch):
-    monkeypatch.setenv("MEGAOPD_RANK_LOGS", "1")
-    assert len(_run("DataError", rank="1").stderr.splitlines()) == 1
+def test_ranks_with_logs_of_their_own_all_speak():
+    done = _python(SCRIPT, "DataError", RANK="1", MEGAOPD_RANK_LOGS="1")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_afterwards_a_rank_says_what_it_met_by_itself():
