@@ -1,10 +1,11 @@
-"""Recipes under every layout: scores, credit and a step have the values and the gradients of plain
-autograd on transformers' logits in fp64. Two launches do all the work.
+"""Recipes under every layout and packing: scores, credit and a step have the values and the
+gradients of plain autograd on transformers' logits in fp64. Two launches do all the work.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from megaopd.batch import Sample
 from megaopd.config import Config, CreditConfig, LossConfig, LossStage, ParallelConfig
 from megaopd.credit import CreditAssignment
-from megaopd.data.packing import with_credit
+from megaopd.data.packing import Packing, with_credit
 from tests.distributed.test_layout_gradients import full_gradients
 from tests.distributed.workbench import (
     SAMPLES,
@@ -40,6 +41,12 @@ LAYOUTS = {
     "pp2": ParallelConfig(pipeline=2),
     "dp2": ParallelConfig(),
 }
+# Two samples to a micro-batch are what all the others have.
+PACKINGS = {
+    "one by one": Packing(micro_batch_size=1),
+    "by length": Packing(max_tokens=24),
+    "all in one": Packing(micro_batch_size=8),
+}
 # The workbench says that the sampler gave every token e^-5, and students give them some e^-7: the
 # ratios lie on both sides of these bounds.
 CASES = {
@@ -53,6 +60,7 @@ CASES = {
             reward_beta=0.5,
         ),
     ),
+    "k2": (LossConfig(objective="estimator", estimator="k2"), CreditConfig()),
     "k3": (
         LossConfig(objective="estimator", estimator="k3", importance_cap=0.2, entropy_coef=0.1),
         CreditConfig(aggregation="sample"),
@@ -68,6 +76,7 @@ CASES = {
     ),
     "soft_or": (LossConfig(selection="soft_or", selection_ratio=0.5), CreditConfig()),
     "q3": (LossConfig(selection="q3", selection_ratio=0.4, entropy_coef=0.1), CreditConfig()),
+    "entropy": (LossConfig(selection="entropy", selection_ratio=0.5), CreditConfig()),
 }
 
 
@@ -96,8 +105,13 @@ def _steps(bench: Workbench) -> dict[str, Any]:
     return found
 
 
-def _one_rank(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
-    return with_layout(folder, ParallelConfig(), _steps)
+def _packed(bench: Workbench) -> dict[str, Any]:
+    packings = {name: _steps(replace(bench, packing=p)) for name, p in PACKINGS.items()}
+    return {"two by two": _steps(bench), **packings}
+
+
+def _one_rank(rank: int, world_size: int, folder: Path) -> dict[str, dict[str, Any]]:
+    return with_layout(folder, ParallelConfig(), _packed)
 
 
 def _two_ranks(rank: int, world_size: int, folder: Path) -> dict[str, dict[str, Any]]:
@@ -112,8 +126,13 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one_rank(folder) -> dict[str, Any]:
+def packings(folder) -> dict[str, dict[str, Any]]:
     return run_distributed(_one_rank, 1, folder, timeout_s=300)[0]
+
+
+@pytest.fixture(scope="module")
+def one_rank(packings) -> dict[str, Any]:
+    return packings["two by two"]
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +181,8 @@ def _token_losses(name: str, sample: Sample, log_p: Tensor, log_q: Tensor) -> Te
         value = -torch.minimum(ratio * a, bounded * a)
     elif loss.objective == "estimator":
         d = own - theirs
-        value = ratio.detach().clamp(max=loss.importance_cap) * ((-d).exp() - 1 + d)
+        value = {"k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[loss.estimator]
+        value = ratio.detach().clamp(max=loss.importance_cap) * value
     elif loss.objective == "likelihood":
         value = -own
     else:
@@ -176,7 +196,7 @@ def _selected(name: str, log_p: Tensor, log_q: Tensor) -> Tensor:
     loss, _ = CASES[name]
     kept = torch.ones(len(log_p), dtype=torch.bool)
     if loss.selection != "none":
-        kind = {"soft_or": "reverse_kl", "q3": "forward_kl"}[loss.selection]
+        kind = "forward_kl" if loss.selection == "q3" else "reverse_kl"
         h = -(log_p.exp() * log_p).sum(-1)
         d = from_logprobs(kind, log_p, log_q, 0.5, 0.1)
         chosen = slow_selection(loss.selection, loss.selection_ratio, h.tolist(), d.tolist())
@@ -255,21 +275,27 @@ def test_one_rank_has_the_scores_of_plain_logits(folder, one_rank):
             assert not values[rows[~mask]].any()
 
 
+def _assert_same_step(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert found["num_tokens"] == wanted["num_tokens"]
+    assert found["metrics"] == pytest.approx(wanted["metrics"], rel=1e-4, abs=1e-6)
+    assert found["gradients"].keys() == wanted["gradients"].keys()
+    for parameter, gradient in found["gradients"].items():
+        assert _difference(gradient, wanted["gradients"][parameter]) < 1e-4, parameter
+    for values, expected in zip(found["scores"].values(), wanted["scores"].values(), strict=True):
+        torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", CASES)
 def test_every_layout_has_the_step_of_one_rank(one_rank, two_ranks, name, layout):
-    wanted = one_rank[name]
     for outcome in two_ranks:
-        found = outcome[layout][name]
-        assert found["num_tokens"] == wanted["num_tokens"]
-        assert found["metrics"] == pytest.approx(wanted["metrics"], rel=1e-4, abs=1e-6)
-        assert found["gradients"].keys() == wanted["gradients"].keys()
-        for parameter, gradient in found["gradients"].items():
-            assert _difference(gradient, wanted["gradients"][parameter]) < 1e-4, parameter
-        for values, expected in zip(
-            found["scores"].values(), wanted["scores"].values(), strict=True
-        ):
-            torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-4)
+        _assert_same_step(outcome[layout][name], one_rank[name])
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("name", CASES)
+def test_micro_batches_change_nothing(packings, one_rank, name, packing):
+    _assert_same_step(packings[packing][name], one_rank[name])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -94,11 +94,12 @@ class Workbench:
     folder: Path
     parallel: ParallelConfig
     groups: Any
+    packing: Packing | None = None  # None is two samples to a micro-batch
 
     @property
     def batching(self) -> Batching:
-        packing = Packing(micro_batch_size=2, pad_to_multiple=self.parallel.tensor)
-        return Batching(self.groups.layout, packing)
+        two = Packing(micro_batch_size=2, pad_to_multiple=self.parallel.tensor)
+        return Batching(self.groups.layout, self.packing or two)
 
     @property
     def micro_batches(self) -> list[PackedBatch]:
