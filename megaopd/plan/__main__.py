@@ -168,24 +168,23 @@ def _workload(config: Config, options: dict[str, str]) -> Workload:
             f"{mean}, more than data.max_prompt_tokens + rollout.max_new_tokens = {longest}",
             "raise those",
         )
-    loss = _integer(options, "response_tokens", max(1, mean * response // longest))
-    if loss > mean:
-        raise ConfigError("response_tokens", f"{loss} of {mean} tokens", "give fewer")
-    default = config.train.max_tokens_per_micro_batch or config.train.micro_batch_size * mean
-    # A micro-batch holds one sample at least, however long.
-    budget = max(longest, _integer(options, "tokens_per_rank", default))
-    return Workload(
-        config=config,
-        student=student,
-        teacher=teacher,
-        world_size=world,
+    work = Workload.of(
+        config,
+        student,
+        teacher,
+        world,
         tokens_per_sample=mean,
-        loss_tokens_per_sample=loss,
-        tokens_per_micro_batch=budget,
-        teacher_tokens_per_micro_batch=max(
-            longest, config.teacher.max_tokens_per_micro_batch or budget
-        ),
+        loss_tokens_per_sample=_optional(options, "response_tokens"),
+        tokens_per_rank=_optional(options, "tokens_per_rank"),
     )
+    if work.loss_tokens_per_sample > mean:
+        found = f"{work.loss_tokens_per_sample} of {mean} tokens"
+        raise ConfigError("response_tokens", found, "give fewer")
+    return work
+
+
+def _optional(options: dict[str, str], name: str) -> int | None:
+    return _integer(options, name, 0) if name in options else None
 
 
 def _integer(options: dict[str, str], name: str, default: int, least: int = 1) -> int:

@@ -38,6 +38,45 @@ class Workload:
     tokens_per_micro_batch: int
     teacher_tokens_per_micro_batch: int
 
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        student: ModelArch,
+        teacher: ModelArch,
+        world_size: int,
+        *,
+        tokens_per_sample: int | None = None,
+        loss_tokens_per_sample: int | None = None,
+        tokens_per_rank: int | None = None,
+    ) -> Workload:
+        """A step as a configuration describes it; what is None is taken at its longest.
+
+        Args:
+            tokens_per_rank: `tokens_per_micro_batch`, unless a single sample is longer.
+        """
+        response = config.rollout.max_new_tokens
+        longest = config.data.max_prompt_tokens + response
+        mean = longest if tokens_per_sample is None else tokens_per_sample
+        loss = max(1, mean * response // longest)
+        default = config.train.max_tokens_per_micro_batch or config.train.micro_batch_size * mean
+        # A micro-batch holds one sample at least, however long.
+        budget = max(longest, default if tokens_per_rank is None else tokens_per_rank)
+        return cls(
+            config=config,
+            student=student,
+            teacher=teacher,
+            world_size=world_size,
+            tokens_per_sample=mean,
+            loss_tokens_per_sample=(
+                loss if loss_tokens_per_sample is None else loss_tokens_per_sample
+            ),
+            tokens_per_micro_batch=budget,
+            teacher_tokens_per_micro_batch=max(
+                longest, config.teacher.max_tokens_per_micro_batch or budget
+            ),
+        )
+
     @property
     def num_samples(self) -> int:
         return self.config.train.global_batch_size

@@ -33,7 +33,7 @@ LAYERS = (
     ),
     ("parallel.layout", "metrics_file", "run_status", "prometheus", "report_page report_svg"),
     ("report report_refresh", "status"),
-    ("protocols", "metrics", "data", "parallel", "guard"),
+    ("protocols", "metrics", "data", "parallel", "guard", "watchdog"),
     ("losses", "credit", "rewards", "rollout", "models.mapping models.families"),
     ("models", "weight_sync", "evaluation"),
     ("checkpoint",),
