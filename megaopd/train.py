@@ -27,6 +27,7 @@ from megaopd.train_export import export_student
 from megaopd.train_loop import build_trainer
 from megaopd.train_rollout import ENGINES, mixture, teacher_engine
 from megaopd.train_teachers import build_teacher, student_side
+from megaopd.train_watch import run_watch
 
 if TYPE_CHECKING:
     from megaopd.checkpoint.resumable import Resumable
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from megaopd.evaluation.of_run import Evaluation
     from megaopd.parallel.groups import ParallelGroups
     from megaopd.protocols import RolloutEngine
+    from megaopd.train_watch import RunWatch
 
 logger = get_logger(__name__)
 
@@ -104,11 +106,18 @@ def train(config: Config, inputs: Inputs) -> None:
                 _make_run_dir(run_dir)
                 held.enter_context(run_lock(run_dir))
         found = find_resumable(config)
-        _run(config, inputs, groups, found)
+        with run_watch(config, inputs, groups, found.step if found else 0) as watch:
+            _run(config, inputs, groups, found, watch)
     parallel_groups.shutdown()
 
 
-def _run(config: Config, inputs: Inputs, groups: ParallelGroups, found: Resumable | None) -> None:
+def _run(
+    config: Config,
+    inputs: Inputs,
+    groups: ParallelGroups,
+    found: Resumable | None,
+    watch: RunWatch,
+) -> None:
     """The run, from its first step or from a checkpoint to its end."""
     from megaopd.metrics import MetricsWriter
     from megaopd.summary import summarise, write_results
@@ -127,19 +136,22 @@ def _run(config: Config, inputs: Inputs, groups: ParallelGroups, found: Resumabl
     done = found.step if found else 0
     record = _recorder(config, is_main, done)
     side = student_side(config, inputs, groups)
-    teacher_result = _teacher_result(config, inputs, groups, resumed=found is not None)
-    # The engine comes before the models: colocated servers take their memory first.
-    with (
-        closing(ENGINES[config.rollout.kind](config, inputs, groups)) as engine,
-        closing(mixture(config, inputs, groups, engine)) as authors,
-        MetricsWriter(
-            run_dir, config, enabled=is_main, resume_step=found.step if found else None
-        ) as metrics,
-        closing(build_teacher(config, inputs, side)) as teacher,
-    ):
-        student = side.model()
-        checkpoints = build_checkpoints(config, inputs, student, teacher, INTERRUPTION)
-        with closing(checkpoints):
+    with ExitStack() as started:
+        with watch("start", done):
+            teacher_result = _teacher_result(config, inputs, groups, resumed=found is not None)
+            # The engine comes before the models: colocated servers take their memory first.
+            engine = started.enter_context(
+                closing(ENGINES[config.rollout.kind](config, inputs, groups))
+            )
+            authors = started.enter_context(closing(mixture(config, inputs, groups, engine)))
+            metrics = started.enter_context(
+                MetricsWriter(run_dir, config, enabled=is_main, resume_step=found and found.step)
+            )
+            teacher = started.enter_context(closing(build_teacher(config, inputs, side)))
+            student = side.model()
+            checkpoints = started.enter_context(
+                closing(build_checkpoints(config, inputs, student, teacher, watch.checkpoint))
+            )
             trainer = build_trainer(
                 config,
                 inputs,
@@ -152,18 +164,23 @@ def _run(config: Config, inputs: Inputs, groups: ParallelGroups, found: Resumabl
                 record=record,
                 checkpoints=checkpoints,
                 interruption=INTERRUPTION,
+                watch=watch,
                 keep_evaluation=_keeper(run_dir, inputs, is_main),
+                throughput=watch.throughput,
             )
             if found is not None:
                 resume(config, found, trainer, checkpoints)
-            try:
-                result = trainer.fit()
-            except (NumericError, RolloutError):
-                # Skipped steps change nothing, and an engine that fails touches no weights: they
-                # are those of the last good step.
+        try:
+            result = trainer.fit()
+        except (NumericError, RolloutError):
+            # Skipped steps change nothing, and an engine that fails touches no weights: they are
+            # those of the last good step.
+            with watch("checkpoint", trainer.done):
+                checkpoints.finish()
                 export_student(config, student, inputs)
-                raise
-    hf_export = export_student(config, student, inputs)
+            raise
+    with watch("checkpoint", trainer.done):
+        hf_export = export_student(config, student, inputs)
     if is_main:
         dp_size = groups.layout.dp_size
         summary = summarise(config, inputs, result, teacher_result, hf_export, dp_size)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaopd.config import Config
 from megaopd.errors import ConfigError
+from megaopd.interruption import INTERRUPTION
 
 if TYPE_CHECKING:
     from megaopd.checkpoint.resumable import Resumable
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
     from megaopd.checkpoint.training_state import StatePart
     from megaopd.engine.student import MegatronStudent
     from megaopd.inputs import Inputs
-    from megaopd.interruption import Interruption
     from megaopd.protocols import Teacher
     from megaopd.trainer import OPDTrainer
 
@@ -66,9 +67,13 @@ def build_checkpoints(
     inputs: Inputs,
     student: MegatronStudent,
     teacher: Teacher,
-    interruption: Interruption,
+    on_complete: Callable[[int, Path], None],
 ) -> RunCheckpoints:
-    """Where the run is saved; collective."""
+    """Where the run is saved; collective.
+
+    Args:
+        on_complete: told the step and the directory of every checkpoint.
+    """
     from megaopd.checkpoint.run_checkpoints import RunCheckpoints
     from megaopd.models.build import DTYPES
     from megaopd.train_export import export_adapter
@@ -87,7 +92,9 @@ def build_checkpoints(
         layout=asdict(config.parallel),
         exports=exports,
         export_adapter=export if config.student.lora is not None else None,
-        on_failure=lambda: interruption.request("a checkpoint cannot be written"),
+        # Rollouts are given up for it: training hears of it within seconds.
+        on_failure=lambda: INTERRUPTION.request("a checkpoint cannot be written"),
+        on_complete=on_complete,
     )
 
 

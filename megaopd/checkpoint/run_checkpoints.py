@@ -83,6 +83,7 @@ class RunCheckpoints:
         exports: directory of Hugging Face exports; None makes none.
         export_adapter: writes LoRA adapters into a directory, in place of an export; collective.
         on_failure: called in a thread when this rank cannot write its share.
+        on_complete: called with step and directory of every checkpoint, once it is complete.
 
     Attributes:
         newest: step of the newest complete checkpoint, None where there is none.
@@ -102,12 +103,13 @@ class RunCheckpoints:
         exports: Path | None = None,
         export_adapter: Callable[[Path], None] | None = None,
         on_failure: Callable[[], None] = lambda: None,
+        on_complete: Callable[[int, Path], None] = lambda step, directory: None,
     ) -> None:
         self.config, self.root, self.parts = config, root, tuple(parts)
         self._num_updates = num_updates
         self._source, self._dtype, self._layout = hf_directory(source_dir), dtype, layout
         self._exports, self._export_adapter = exports, export_adapter
-        self._on_failure = on_failure
+        self._on_failure, self._on_complete = on_failure, on_complete
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._pending: _Pending | None = None
         self._exporter = HFExporter()
@@ -266,6 +268,7 @@ class RunCheckpoints:
             if self._rank == 0:
                 write_pointer(self.root, pending.step)
         self.newest = pending.step
+        self._on_complete(pending.step, staged.dst)
         now = time.monotonic()
         waited_s, total_s = pending.waited_s + now - started, now - pending.started
         self.metrics = {
