@@ -145,7 +145,9 @@ def _run(
             )
             authors = started.enter_context(closing(mixture(config, inputs, groups, engine)))
             metrics = started.enter_context(
-                MetricsWriter(run_dir, config, enabled=is_main, resume_step=found and found.step)
+                MetricsWriter(
+                    run_dir, config, enabled=is_main, resume_step=found.step if found else None
+                )
             )
             teacher = started.enter_context(closing(build_teacher(config, inputs, side)))
             student = side.model()

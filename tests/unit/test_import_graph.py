@@ -41,7 +41,7 @@ LAYERS = (
     ("teacher", "convert", "throughput", "out_of_memory"),
     (
         "train train_checkpoints train_export train_loop train_rollout train_servers train_teachers"
-        " serve evaluation.cli",
+        " train_watch serve evaluation.cli",
     ),
     ("verify",),
 )
