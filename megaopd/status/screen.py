@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from megaopd.logger import format_duration
@@ -140,9 +141,9 @@ def _trend(loss: Mapping[str, Any]) -> str:
 
 def sparkline(values: Sequence[float], unicode: bool = True, width: int = CURVE_WIDTH) -> str:
     """A curve in a line of characters, from its lowest value to its highest."""
-    size = -(-len(values) // width) or 1
-    groups = [values[i : i + size] for i in range(0, len(values), size)]
-    means = [sum(group) / len(group) for group in groups]
+    count = min(len(values), width)
+    ends = [i * len(values) // count for i in range(count + 1)] if count else [0]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(ends)]
     low, high = min(means, default=0.0), max(means, default=0.0)
     blocks = BLOCKS if unicode else ASCII_BLOCKS
     span = (high - low) or 1.0

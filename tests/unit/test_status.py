@@ -327,7 +327,7 @@ def test_curves() -> None:
     assert sparkline([]) == ""
     assert sparkline([1.0, 1.0]) == "▁▁"
     assert sparkline(list(range(8))) == "▁▂▃▄▅▆▇█"
-    assert len(sparkline(list(range(1000)))) == 32
+    assert len(sparkline(list(range(1000)))) == len(sparkline(list(range(33)))) == 32
     assert sparkline([0.0, 1.0], unicode=False) == "_#"
 
 
