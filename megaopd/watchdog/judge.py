@@ -93,9 +93,9 @@ class Judge:
         """It is done."""
         self._heard_at.pop(rank, None)
 
-    def failed(self, rank: int, status: int, now: float) -> None:
+    def failed(self, rank: int, status: int, place: Place, now: float) -> None:
         """It leaves with an error of its own."""
-        self._accuse(_Fault(rank, "failed", f"failed in {self._places[rank]}", now, status))
+        self._accuse(_Fault(rank, "failed", f"failed in {place}", now, status))
         self.left(rank)
 
     def lost(self, rank: int, now: float) -> None:

@@ -35,17 +35,13 @@ class _Open:
 
 
 class Phases:
-    """Phases that the main thread has entered and not left; a second thread reads them.
-
-    Attributes:
-        broken: the innermost phase that the last error came out of.
-    """
+    """Phases that the main thread has entered and not left; a second thread reads them."""
 
     def __init__(self, config: DeadlineConfig) -> None:
         self._limits = {phase: getattr(config, f"{phase}_s") for phase in PHASES}
         self._open: list[_Open] = []
         self._error: BaseException | None = None
-        self.broken = Place()
+        self._broken = Place()
 
     @contextmanager
     def enter(self, phase: str, step: int) -> Iterator[None]:
@@ -56,13 +52,15 @@ class Phases:
         except BaseException as error:
             # Phases around it are left with the same error.
             if error is not self._error:
-                self._error, self.broken = error, self.place()
+                self._error, self._broken = error, self.place()
             raise
         finally:
             self._open.pop()
 
-    def place(self) -> Place:
-        """The innermost phase."""
+    def place(self, error: BaseException | None = None) -> Place:
+        """The innermost phase; of an `error`, the innermost that it came out of."""
+        if error is not None and error is self._error:
+            return self._broken
         return next((_place(entered) for entered in self._open[-1:]), Place())
 
     def overdue(self) -> tuple[Place, float] | None:

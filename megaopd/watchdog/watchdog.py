@@ -7,7 +7,9 @@ import resource
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -44,6 +46,8 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         config: the deadlines.
         run_dir: directory of the run.
         rank, world_size: of this process.
+        on_end: on rank 0, takes what a person is told when the watchdog ends the run, just before
+            it does; it has a moment for it.
 
     Raises:
         ConfigError: run_dir cannot be written.
@@ -51,10 +55,17 @@ class Watchdog(AbstractContextManager["Watchdog"]):
     """
 
     def __init__(
-        self, config: DeadlineConfig, run_dir: str | Path, rank: int, world_size: int
+        self,
+        config: DeadlineConfig,
+        run_dir: str | Path,
+        rank: int,
+        world_size: int,
+        *,
+        on_end: Callable[[str], None] | None = None,
     ) -> None:
         self._silence_s = config.silence_s
         self._rank = rank
+        self._on_end = on_end
         self._phases = Phases(config)
         self._stacks_dir = Path(run_dir) / "stacks"
         self._stacks = StackFile(self._stacks_dir / f"rank_{rank}.txt")
@@ -75,19 +86,9 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         deadline; a phase around another one goes on counting."""
         return self._phases.enter(name, step)
 
-    def close(self, status: int = 0) -> None:
-        """Ends the watch over this rank; again does nothing.
-
-        Args:
-            status: not 0 if this rank leaves with an error that the others do not know of; they
-                leave with it as well.
-        """
-        if self._last_word is None:
-            self._last_word = {"kind": "failed", "status": status} if status else {"kind": "bye"}
-            self._wake.set()
-            self._thread.join(TICK_S + LINGER_S)
-            if not self._thread.is_alive():
-                self._stacks.close()
+    def close(self) -> None:
+        """Ends the watch over this rank; again does nothing."""
+        self._close({"kind": "bye"})
 
     def __exit__(
         self,
@@ -101,8 +102,17 @@ class Watchdog(AbstractContextManager["Watchdog"]):
             self._thread.join(self._silence_s + DUMP_S + GRACE_S)
         if error is None or (isinstance(error, MegaOPDError) and error.agreed):
             self.close()
-        else:
-            self.close(error.exit_status if isinstance(error, MegaOPDError) else 1)
+            return
+        status = error.exit_status if isinstance(error, MegaOPDError) else 1
+        self._close({"kind": "failed", "status": status, **vars(self._phases.place(error))})
+
+    def _close(self, last_word: Message) -> None:
+        if self._last_word is None:
+            self._last_word = last_word
+            self._wake.set()
+            self._thread.join(TICK_S + LINGER_S)
+            if not self._thread.is_alive():
+                self._stacks.close()
 
     # The thread, on rank 0.
 
@@ -130,7 +140,7 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         elif kind == "bye":
             self._judge.left(rank)
         elif kind == "failed":
-            self._judge.failed(rank, message["status"], now)
+            self._judge.failed(rank, message["status"], _place(message), now)
         elif kind == "lost":
             self._judge.lost(rank, now)
 
@@ -149,8 +159,11 @@ class Watchdog(AbstractContextManager["Watchdog"]):
                         at[rank] = message["at"], message["waits"]
                     if message["kind"] in ("dumped", "lost", "bye"):
                         awaited.discard(rank)
-            _say(f"error: {of_the_guilty(verdict, at).fault(str(self._stacks_dir))}")
+            verdict = of_the_guilty(verdict, at)
+            _say(f"error: {verdict.fault(str(self._stacks_dir))}")
             self._link.tell({"kind": "leave"})
+        if self._on_end is not None:
+            _in_time(partial(self._on_end, str(verdict.fault(str(self._stacks_dir)))))
         os._exit(verdict.status)
 
     # The thread, on the others.
@@ -229,10 +242,8 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         # Not even this takes for ever.
         self._stacks.dump_unless_put_off(4 * DUMP_S)
         main = main_thread(self._error)
-        if self._error is None:
-            place, met = self._phases.place(), ""
-        else:
-            place = self._phases.broken
+        place, met = self._phases.place(self._error), ""
+        if self._error is not None:
             met = "".join(traceback.format_exception(self._error))
         head = f"rank {self._rank}: {place.seconds:.1f} s in {place}"
 
@@ -242,11 +253,15 @@ class Watchdog(AbstractContextManager["Watchdog"]):
                 about = f"verdict on rank {verdict.ranks[0]}: {verdict.found}"
                 self._stacks.write(f"{head}\n{about}\n{met}")
 
-        # Files and pipes may be what everything waits for.
-        writer = threading.Thread(target=write, name="megaopd-stacks", daemon=True)
-        writer.start()
-        writer.join(DUMP_S / 2)
+        _in_time(write)
         return main
+
+
+def _in_time(work: Callable[[], None]) -> None:
+    """Does it, or goes on without: files and pipes may be what everything waits for."""
+    worker = threading.Thread(target=work, name="megaopd-last-words", daemon=True)
+    worker.start()
+    worker.join(DUMP_S / 2)
 
 
 def _connect(rank: int, world_size: int) -> Link:

@@ -1,4 +1,4 @@
-"""The watchdog's parts by themselves; tests/distributed/test_watchdog.py has real ranks."""
+"""The watchdog's parts by themselves; tests/distributed/test_watchdog_ranks.py has real ranks."""
 
 from __future__ import annotations
 
@@ -70,10 +70,15 @@ class TestPhases:
             clock[0] += 2
             raise KeyError
 
-        with pytest.raises(KeyError), entered.enter("eval", 1), entered.enter("rollout", 1):
+        with (
+            pytest.raises(KeyError) as caught,
+            entered.enter("eval", 1),
+            entered.enter("rollout", 1),
+        ):
             fail()
         assert entered.place() == Place()
-        assert entered.broken == Place("rollout", 1, 2.0)
+        assert entered.place(caught.value) == Place("rollout", 1, 2.0)
+        assert entered.place(KeyError()) == Place()
 
 
 class TestJudge:
@@ -131,16 +136,17 @@ class TestJudge:
         assert judge.verdict(100.0) is None
 
     def test_a_rank_that_fails_takes_the_others_with_it_after_a_moment(self, judge):
-        judge.failed(2, 3, 2.0)
+        judge.failed(2, 3, STUDENT, 2.0)
         judge.lost(2, 2.1)
         judge.lost(1, 2.2)  # of the same
         assert judge.verdict(2.0 + GRACE_S - 0.1) is None
         verdict = judge.verdict(2.0 + GRACE_S)
         assert (verdict.ranks, verdict.status, verdict.failed) == ((2,), 3, True)
+        assert verdict.found == "failed in phase student of step 7"
 
     def test_a_rank_that_fails_because_another_died_is_not_to_blame(self, judge):
         judge.lost(1, 2.0)
-        judge.failed(2, 1, 2.1)
+        judge.failed(2, 1, ROLLOUT, 2.1)
         verdict = judge.verdict(4.0)
         assert (verdict.ranks, verdict.status, verdict.failed) == ((1,), 5, False)
 

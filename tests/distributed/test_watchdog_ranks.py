@@ -147,6 +147,10 @@ class Outcome:
     def stacks(self, rank: int) -> str:
         return (self.folder / "stacks" / f"rank_{rank}.txt").read_text()
 
+    def told(self) -> list[str]:
+        """What somebody was told of the end."""
+        return [path.read_text() for path in self.folder.glob("told_*")]
+
     def errors(self) -> list[str]:
         lines = [line for text in self.said for line in text.splitlines()]
         return [line for line in lines if line.startswith("error: ")]
@@ -185,7 +189,8 @@ def run_rank(
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
 
     def main(argv: list[str]) -> None:
-        with Watchdog(DEADLINES, folder, rank, world_size) as dog:
+        told = (folder / f"told_{rank}").write_text
+        with Watchdog(DEADLINES, folder, rank, world_size, on_end=told) as dog:
             (folder / f"began_{rank}").touch()
             scenario(dog, rank)
 
@@ -233,6 +238,7 @@ def outcomes(tmp_path_factory) -> Iterator[dict[str, Outcome]]:
                 process.start()
         for name, (ranks, folder) in started.items():
             wait_for(ranks, until)
+            print(name, time.monotonic() - until + TIMEOUT_S)
             began = max(path.stat().st_mtime for path in folder.glob("began_*"))
             statuses = [process.exitcode for process in ranks]
             for process in ranks:
@@ -260,6 +266,7 @@ def test_a_rank_that_sleeps_in_a_phase(outcomes):
     assert "called from" not in error
     assert " asleep_forever and ranks 0, 2 wait for others; look at " in error
     assert error in outcome.said[0]
+    assert outcome.told() == [error.removeprefix("error: ")]
     for rank, function in enumerate(("all_reduce", "asleep_forever", "all_reduce")):
         head, verdict, *stacks = outcome.stacks(rank).splitlines()
         assert head.startswith(f"rank {rank}: ")
@@ -335,6 +342,7 @@ def test_an_error_of_one_rank_is_all_that_is_said(outcomes):
     assert outcome.statuses == [3, 3, 3]
     assert outcome.errors() == ["error: data.jsonl:3: no prompt; correct it"]
     assert outcome.said[:2] == ["", ""]
+    assert outcome.told()[0].startswith("rank 2: failed in phase rollout of step 3; look at its")
 
 
 def test_an_error_that_the_ranks_agree_on_hurries_nobody(outcomes):
@@ -354,6 +362,7 @@ def test_ranks_that_finish_one_after_the_other(outcomes):
     outcome = outcomes["finish"]
     assert outcome.statuses == [0, 0, 0]
     assert outcome.said == ["", "", ""]
+    assert outcome.told() == []
     assert not (outcome.folder / "stacks").exists()
 
 
