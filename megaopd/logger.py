@@ -80,6 +80,9 @@ class Progress:
                 self._ticks[-1] = self._clock()
             return " | ".join([f"eval {head}", *_parts(metrics, _EVAL_PARTS)])
         self._ticks.append(self._clock())
+        if len(self._ticks) == 2 and "time/step_s" in metrics:
+            # What lies before the first step, such as loading models, is no step's.
+            self._ticks[0] = max(self._ticks[0], self._ticks[1] - metrics["time/step_s"])
         last_s = self._ticks[-1] - self._ticks[-2]
         mean_s = (self._ticks[-1] - self._ticks[0]) / (len(self._ticks) - 1)
         shown = dict(metrics)

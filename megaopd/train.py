@@ -138,17 +138,19 @@ def _run(
     side = student_side(config, inputs, groups)
     with ExitStack() as started:
         with watch("start", done):
-            teacher_result = _teacher_result(config, inputs, groups, resumed=found is not None)
-            # The engine comes before the models: colocated servers take their memory first.
-            engine = started.enter_context(
-                closing(ENGINES[config.rollout.kind](config, inputs, groups))
-            )
-            authors = started.enter_context(closing(mixture(config, inputs, groups, engine)))
             metrics = started.enter_context(
                 MetricsWriter(
                     run_dir, config, enabled=is_main, resume_step=found.step if found else None
                 )
             )
+            teacher_result = _teacher_result(config, inputs, groups, resumed=found is not None)
+            if teacher_result is not None and found is None:
+                metrics.write(0, {"eval/teacher_accuracy": teacher_result.accuracy})
+            # The engine comes before the models: colocated servers take their memory first.
+            engine = started.enter_context(
+                closing(ENGINES[config.rollout.kind](config, inputs, groups))
+            )
+            authors = started.enter_context(closing(mixture(config, inputs, groups, engine)))
             teacher = started.enter_context(closing(build_teacher(config, inputs, side)))
             student = side.model()
             checkpoints = started.enter_context(
@@ -261,10 +263,10 @@ def _teacher_result(
     from megaopd.evaluation import EvalRecord, EvalResult
     from megaopd.evaluation.of_run import read_answers, write_answers
 
-    run_dir, name = Path(config.run.dir), "teacher"
+    run_dir = Path(config.run.dir)
     if not config.eval.teacher:
         return None
-    if resumed and (known := read_answers(run_dir, name)) is not None:
+    if resumed and (known := read_answers(run_dir, "teacher")) is not None:
         return known
     records: list[EvalRecord] = []
     for name, own in teacher_configs(config).items():
@@ -283,7 +285,7 @@ def _teacher_result(
     result = EvalResult.of(records)
     if groups.rank == 0:
         prompt_ids = {prompt.prompt_id: prompt.token_ids for prompt in inputs.eval_prompts}
-        write_answers(run_dir, name, result, prompt_ids)
+        write_answers(run_dir, "teacher", result, prompt_ids)
     return result
 
 

@@ -229,6 +229,15 @@ def test_the_estimate_follows_the_last_steps() -> None:
     assert line.endswith("ETA 1m36s")
 
 
+def test_what_comes_before_the_first_step_is_no_part_of_the_estimate() -> None:
+    clock = Clock()
+    progress = Progress(100, clock=clock)
+    clock.now += 600  # models are loaded
+    assert "ETA 16m30s" in progress.line(1, {"loss/divergence": 1.0, "time/step_s": 10.0})
+    clock.now += 30
+    assert "ETA 32m40s" in progress.line(2, {"loss/divergence": 1.0, "time/step_s": 30.0})
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (7500, "2h05m"), (360000, "4d04h")],
