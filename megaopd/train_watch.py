@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,7 +70,8 @@ def run_watch(
     status = RunStatus(
         run_dir, config.train.num_steps, size, device=device, step=done, enabled=rank == 0
     )
-    with status, Watchdog(config.deadline, run_dir, rank, size) as watchdog:
+    failed = partial(status.state, "failed")
+    with status, Watchdog(config.deadline, run_dir, rank, size, on_end=failed) as watchdog:
         memory = OutOfMemory(config, student, teachers[""], size, rank)
         yield RunWatch(status, watchdog, memory, throughput)
 
