@@ -16,7 +16,7 @@ from megaopd.batch import Sample, SamplingParams
 from megaopd.config import load
 from megaopd.data.tokenizer import load_tokenizer
 from megaopd.rollout.embedded import EmbeddedEngine
-from megaopd.rollout.recorded import _sample
+from megaopd.rollout.recorded import sample_of
 from tests.helpers.runs import make_run, metrics_of, run_training
 
 pytestmark = pytest.mark.slow
@@ -50,7 +50,7 @@ def run(config: Path, out: Path, recipe: str, *overrides: str, num_ranks: int = 
     )
     assert done.returncode == 0, done.stderr
     first = json.loads(record.read_text().splitlines()[0])
-    return [_sample(fields) for fields in first["samples"]]
+    return [sample_of(fields) for fields in first["samples"]]
 
 
 def logits_of(directory: Path, sample: Sample) -> Tensor:
@@ -89,8 +89,8 @@ def test_sft_is_the_likelihood_of_the_data(config, tmp_path):
     losses = metrics_of(tmp_path / "out", "loss/likelihood")
     assert losses[0] == pytest.approx(expected, rel=1e-5)
     assert metrics_of(tmp_path / "out", "rollout/data_fraction") == [1, 1]
-    assert metrics_of(tmp_path / "out", "rollout/mismatch_kl") == []
-    assert metrics_of(tmp_path / "out", "rollout/staleness_mean") == []
+    for name in ("rollout/mismatch_kl", "rollout/staleness_mean", "loss/divergence"):
+        assert metrics_of(tmp_path / "out", name) == []  # nothing of it is measured
 
 
 def test_sequence_kd_is_the_likelihood_of_the_teachers_samples(config, tmp_path):
@@ -137,6 +137,7 @@ def test_gkd_is_the_jsd_of_all_tokens(config, gkd):
         values.append((sides[0] + sides[1]) / 2)
     losses = metrics_of(out, "loss/divergence")
     assert losses[0] == pytest.approx(mean_over_tokens(values), rel=1e-4)
+    assert len(metrics_of(out, "teacher/entropy")) == 2
     # Measured on the student's own tokens alone; others have no sampler to differ from.
     assert max(metrics_of(out, "rollout/mismatch_kl")) < 1e-6
     assert max(metrics_of(out, "rollout/mismatch_max")) < 1e-3
