@@ -221,8 +221,9 @@ class RunCheckpoints:
     def finish(self) -> None:
         """Waits for the checkpoint under way and for all exports."""
         self.poll(wait=True)
-        if self._rank == 0:
+        if self._rank == 0 and self._exporter.in_use:
             self._exporter.finish()
+            self._remove_old()
 
     def close(self) -> None:
         """Gives up what is under way; for a run that fails. Not collective."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from megaopd.storage.steps import step_directory
 from tests.helpers.checkpoints import stored_tensors
@@ -157,6 +158,25 @@ def test_a_run_that_is_done_is_not_run_again(folder, unbroken):
     assert done.returncode == 0
     assert "step 6/6" not in done.stderr
     assert figures(unbroken) == before
+
+
+def test_what_is_kept_and_exported(folder):
+    """Every checkpoint becomes a Hugging Face directory beside the run; the last one is the run's
+    own export."""
+    options = ("checkpoint.keep_last=1", "checkpoint.export_hf=true", "train.export=true")
+    options += ("train.num_steps=3",)
+    done = run(folder, "kept", *options, "eval.interval=0", "data.eval=")
+    assert done.returncode == 0, done.stderr
+    out = folder / "kept"
+    kept = [p.name for p in sorted((out / "checkpoints").glob("iter_*"))]
+    assert kept == ["iter_0000003"]
+    assert (out / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "3"
+    assert not list((out / "checkpoints").glob(".iter_*"))
+    exports = sorted((out / "hf_steps").iterdir())
+    assert [p.name for p in exports] == ["iter_0000002", "iter_0000003"]
+    exported, own = (load_file(p / "model.safetensors") for p in (exports[-1], out / "hf"))
+    assert exported.keys() == own.keys()
+    assert all(exported[name].equal(own[name]) for name in own)
 
 
 @pytest.mark.parametrize(
