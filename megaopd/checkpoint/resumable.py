@@ -13,7 +13,13 @@ from megaopd.checkpoint.loading import verify_together
 from megaopd.errors import CheckpointError, ConfigError
 from megaopd.logger import get_logger
 from megaopd.parallel.agreement import agreed
-from megaopd.storage.steps import POINTER, complete_steps, step_directory, stored_steps
+from megaopd.storage.steps import (
+    POINTER,
+    complete_steps,
+    step_directory,
+    stored_steps,
+    what_is_missing,
+)
 
 logger = get_logger(__name__)
 
@@ -71,7 +77,10 @@ def find_resumable(root: Path, resume: str) -> Resumable | None:
         )
     damage = ""
     for step in sorted(set(stored) - set(complete), reverse=True):
-        logger.warning("%s is incomplete, and not used", step_directory(root, step))
+        directory = step_directory(root, step)
+        why = what_is_missing(directory)
+        damage = damage or f" (the newest, step {step}: {why})"
+        logger.warning("%s is incomplete (%s), and not used", directory, why)
     for step in reversed(complete):
         directory = step_directory(root, step)
         try:
@@ -80,12 +89,9 @@ def find_resumable(root: Path, resume: str) -> Resumable | None:
                 state = _read_state(directory, step)
             return Resumable(directory, state)
         except CheckpointError as error:
-            damage = (
-                damage
-                if damage.startswith("the newest")
-                else f"the newest: {error.parts[0]} {error.parts[1]}"
-            )
-            logger.warning("%s %s: it is not used", *error.parts[:2])
+            where, why, _ = error.parts
+            damage = damage or f" ({where} {why})"
+            logger.warning("%s %s: it is not used", where, why)
     raise CheckpointError(
         str(root),
         f"has checkpoints, and none is whole{damage}",

@@ -107,9 +107,10 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
             if candidate != steps[-1]:
                 _warn(f"{step_directory(path, steps[-1])} is incomplete; using step {candidate}")
             return directory
+    newest = step_directory(path, steps[-1])
     raise CheckpointError(
-        str(step_directory(path, steps[-1])),
-        f"is incomplete ({_missing(step_directory(path, steps[-1]))}), and no other step is whole",
+        str(newest),
+        f"is incomplete ({what_is_missing(newest)}), and no other step is whole",
         "copy or convert the checkpoint again",
     )
 
@@ -147,13 +148,15 @@ def _complete(directory: Path, root: Path) -> Path:
     good = complete_steps(root)
     raise CheckpointError(
         str(directory),
-        "no such step" if not directory.is_dir() else f"is incomplete ({_missing(directory)})",
+        "no such step"
+        if not directory.is_dir()
+        else f"is incomplete ({what_is_missing(directory)})",
         f"use step {good[-1]}, the last good one" if good else "copy or convert it again",
     )
 
 
-def _missing(directory: Path) -> str:
-    """What makes the directory incomplete."""
+def what_is_missing(directory: Path) -> str:
+    """What makes an incomplete step's directory incomplete: a file, and what is wrong with it."""
     try:
         listed = read_manifest(directory)
         check_listing(directory, listed, listed)

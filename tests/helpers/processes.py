@@ -39,6 +39,71 @@ def process_context() -> Any:
     return context
 
 
+class Ranks:
+    """Running processes `python -m module argv` from the repository's root; with `num_ranks` above
+    1 with the environment that torchrun gives to its ranks. A context manager: nothing of them
+    outlives it, for each has a process group of its own, which is killed.
+
+    Attributes:
+        pids: of the ranks, in order.
+    """
+
+    def __init__(self, module: str, argv: Sequence[str], num_ranks: int = 1, **env: str) -> None:
+        context = process_context()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if num_ranks > 1:
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+            environment |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+        self._folder = tempfile.TemporaryDirectory()
+        self._texts = [Path(self._folder.name) / name for name in ("out", "err")]
+        self._processes: list[Any] = []
+        try:
+            for rank in range(num_ranks):
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_ranks > 1 else {}
+                words = (module, list(argv), {**environment, **own, **env}, self._texts)
+                process = context.Process(target=_run, args=words)
+                process.start()
+                self._processes.append(process)
+        except BaseException:
+            self._end()
+            raise
+        self.pids = [process.pid for process in self._processes]
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        for process in self._processes:
+            _end(process)
+        self._folder.cleanup()
+
+    @property
+    def all_run(self) -> bool:
+        """Whether none of them has ended."""
+        return all(process.is_alive() for process in self._processes)
+
+    @property
+    def statuses(self) -> list[int | None]:
+        """Of each rank, as subprocess gives them; None while it runs."""
+        return [process.exitcode for process in self._processes]
+
+    def wait(self, timeout_s: float, grace_s: float = GRACE_S) -> int | None:
+        """The status of the first that fails, or 0; None if the time is over.
+
+        Args:
+            grace_s: how long the others have after that.
+        """
+        return _wait_for(self._processes, time.monotonic() + timeout_s, grace_s)
+
+    def said(self) -> tuple[str, str]:
+        """What all ranks have written so far, to stdout and to stderr."""
+        out, err = (p.read_text() if p.exists() else "" for p in self._texts)
+        return out, err
+
+
 def run_module(
     module: str,
     argv: Sequence[str],
@@ -48,10 +113,7 @@ def run_module(
     kill_with: int = signal.SIGKILL,
     **env: str,
 ) -> subprocess.CompletedProcess[str]:
-    """`python -m module argv` from the repository's root; with `num_ranks` above 1 that many of
-    them, with the environment that torchrun gives to its ranks.
-
-    Nothing of it outlives the call: each rank has a process group of its own, which is killed.
+    """Runs `Ranks` to their end.
 
     Args:
         kill_when: asked every few milliseconds; once it holds, all ranks get a signal.
@@ -63,46 +125,21 @@ def run_module(
     Raises:
         subprocess.TimeoutExpired: the limit passed.
     """
-    context, deadline = process_context(), time.monotonic() + timeout_s
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if num_ranks > 1:
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-        environment |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
-    with tempfile.TemporaryDirectory() as folder:
-        texts = [Path(folder) / name for name in ("out", "err")]
-        processes = []
-        try:
-            for rank in range(num_ranks):
-                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_ranks > 1 else {}
-                process = context.Process(
-                    target=_run, args=(module, list(argv), {**environment, **own, **env}, texts)
-                )
-                process.start()
-                processes.append(process)
-            if kill_when is not None:
-                _kill_when(kill_when, kill_with, processes, deadline)
-            status = _wait_for(processes, deadline)
-        finally:
-            for process in processes:
-                _end(process)
-        out, err = (p.read_text() if p.exists() else "" for p in texts)
+    deadline = time.monotonic() + timeout_s
+    with Ranks(module, argv, num_ranks, **env) as ranks:
+        if kill_when is not None:
+            while not kill_when() and ranks.all_run and time.monotonic() < deadline:
+                time.sleep(0.005)
+            for pid in ranks.pids if ranks.all_run else ():
+                os.killpg(pid, kill_with)
+        status = ranks.wait(deadline - time.monotonic())
+        out, err = ranks.said()
     if status is None:
         raise subprocess.TimeoutExpired([module, *argv], timeout_s, out, err)
     return subprocess.CompletedProcess([module, *argv], status, out, err)
 
 
-def _kill_when(
-    holds: Callable[[], bool], number: int, processes: Sequence[Any], deadline: float
-) -> None:
-    while not holds():
-        if not all(process.is_alive() for process in processes) or time.monotonic() > deadline:
-            return
-        time.sleep(0.005)
-    for process in processes:
-        os.killpg(process.pid, number)
-
-
-def _wait_for(processes: Sequence[Any], deadline: float) -> int | None:
+def _wait_for(processes: Sequence[Any], deadline: float, grace_s: float) -> int | None:
     """The status of the first that fails, or 0; None if the time is over."""
     status, running = 0, {process.sentinel: process for process in processes}
     while running:
@@ -114,7 +151,7 @@ def _wait_for(processes: Sequence[Any], deadline: float) -> int | None:
             process.join()
             if process.exitcode and not status:
                 status = process.exitcode
-                deadline = min(deadline, time.monotonic() + GRACE_S)
+                deadline = min(deadline, time.monotonic() + grace_s)
     return status
 
 
