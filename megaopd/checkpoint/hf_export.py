@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,6 @@ logger = get_logger(__name__)
 
 # What would make the converter one of the run's ranks, or let it take their GPUs.
 _OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_NICENESS = "10"
 
 
 @dataclass
@@ -77,10 +75,8 @@ class HFExporter:
         environment = {k: v for k, v in os.environ.items() if k not in _OF_A_RANK}
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the process has ended
-        nice = shutil.which("nice")
         process = subprocess.Popen(
             [
-                *([nice, "-n", _NICENESS] if nice else ()),
                 *(sys.executable, "-m", "megaopd.convert", "megatron-to-hf"),
                 *(str(source), str(destination), "--overwrite"),
             ],
