@@ -117,9 +117,11 @@ def outcome_of(check: Check, setup: Any) -> Outcome:
     except MegaOPDError as error:
         where, found, remedy = error.parts
         return Outcome("FAIL", f"{where}: {found}", remedy, error.exit_status)
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        from megaopd.out_of_memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
-        found = str(error).splitlines()[0]
+        found = (str(error) or "out of memory").splitlines()[0]
         remedy = "python -m megaopd.plan shows what fits; raise parallelism, or train.offload=true"
         return Outcome("FAIL", found, remedy, EnvironmentFault.exit_status)
