@@ -147,8 +147,8 @@ def _between_layouts(
     ("kind", "layouts"),
     [
         ("untied-fp32", TWO),
-        ("tied-bf16", TWO),
-        ("untied-fp32-lora", {name: TWO[name] for name in ("dp2", "tp2", "pp2")}),
+        ("tied-bf16", {name: TWO[name] for name in ("dp2", "tp2")}),
+        ("untied-fp32-lora", {name: TWO[name] for name in ("tp2", "pp2")}),
         ("tied-fp32", FOUR),
     ],
 )
