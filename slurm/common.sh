@@ -304,6 +304,7 @@ first_failure() {  # STATUS SRUN_LOG: the status of the rank that failed first
 
 end() {  # STATUS SRUN_LOG LOG...: ends the job as the status of what it ran wants it
   local status=$1 line
+  if [[ $server_step ]]; then kill "$server_step" 2>/dev/null || true; fi
   if ((status)); then cat "$2" >&2; fi
   # The logs are in the order of the ranks: rank 0 comes first if it has something to say.
   line=$(grep -h -m 1 -E '^(error|stopped): ' "${@:3}" | head -n 1) || true

@@ -176,27 +176,32 @@ def test_a_run_outlives_all_that_ends_a_job(cluster, quick, unbroken, tmp_path):
         cluster.run("scancel", "--signal=USR1", job)
         state = cluster.wait(job, "PENDING", 100, out)
         assert state["Restarts"] == str(attempt + 1)
-        done = {"rollout": step - 1, "teacher": step - 1}.get(phase, step)
-        stopped = out.read_text().splitlines()[-1]
-        assert "SIGUSR1" in stopped or "another rank" in stopped
-        assert f"the checkpoint of step {done} is complete" in out.read_text()
+        done = step - 1 if phase in ("rollout", "teacher") else step
+        stopped = [line for line in out.read_text().splitlines() if line.startswith("stopped: ")]
+        assert len(stopped) == attempt + 1
+        assert f"; the checkpoint of step {done} is complete; " in stopped[-1]
+
+    reach("rollout", 7)
+    cluster.kill_rank(3)
+    assert cluster.wait(job, "PENDING", 100, out)["Restarts"] == "6"
+    assert (run_dir / f"logs/{job}.failures").read_text().startswith("1\n")
 
     reach("weight_sync", 7)
     urgent = cluster.submit(
         *("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
     )
     cluster.wait(urgent, "COMPLETED", 100, out)
-    assert cluster.wait(job, "PENDING", 100, out)["Restarts"] == "6"
+    assert cluster.wait(job, "PENDING", 100, out)["Restarts"] == "7"
     assert "the checkpoint of step 7 is complete" in out.read_text()
 
     reach("rollout", 8)
     cluster.kill_node("n2")
-    assert cluster.wait(job, "PENDING", 200, out)["Restarts"] == "7"
+    assert cluster.wait(job, "PENDING", 200, out)["Restarts"] == "8"
     cluster.start_node("n2")
     order.unlink()
     cluster.release(job)
     state = cluster.wait(job, "COMPLETED", 200, out)
-    assert state["Restarts"] == "7"
+    assert state["Restarts"] == "8"
     assert_same_run(run_dir, unbroken)
     attempts = sorted(directory.name for directory in (run_dir / "logs").glob(f"{job}-*"))
-    assert attempts == [f"{job}-{i}" for i in range(8)]
+    assert attempts == [f"{job}-{i}" for i in range(9)]

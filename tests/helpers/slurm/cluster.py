@@ -74,6 +74,7 @@ NODE = (
 )
 
 Job = dict[str, str]
+FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 
 
 class NoSlurm(Exception):
@@ -153,6 +154,12 @@ class VirtualCluster:
         """SIGKILL for a node's slurmd and whatever it runs: the node is gone."""
         self._kill(self._daemon(f"slurmd.{node}"), *self._processes(node))
 
+    def kill_rank(self, rank: int) -> None:
+        """SIGKILL for a rank of the job that runs."""
+        found = self._processes()
+        ranks = [p for p in found if p.environ().get("SLURM_PROCID") == str(rank)]
+        self._kill(*ranks)
+
     def stop(self) -> None:
         """Ends all jobs and the daemons, and whatever a job may have left."""
         with contextlib.suppress(RuntimeError, subprocess.TimeoutExpired):
@@ -190,12 +197,15 @@ class VirtualCluster:
             tail: a file whose end is shown where that does not happen.
         """
 
-        def there() -> bool:
-            return self.job(number)["JobState"] == state
-
         def said() -> str:
             text = tail.read_text()[-3000:] if tail and tail.exists() else ""
             return f"{self.job(number)}\n{text}"
+
+        def there() -> bool:
+            now = self.job(number)["JobState"]
+            if now in FINAL and now != state:
+                raise RuntimeError(said())
+            return now == state
 
         until(there, timeout_s, said)
         return self.job(number)
@@ -203,6 +213,8 @@ class VirtualCluster:
     def release(self, number: str, timeout_s: float = 60) -> None:
         """Starts a requeued job now; by itself it waits for two minutes."""
         self.wait(number, "PENDING", timeout_s)
+        # A node refuses a job within the second in which it was told to forget it.
+        time.sleep(1.1)
         self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
 
     def _write_conf(self) -> None:

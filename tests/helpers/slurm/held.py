@@ -25,7 +25,8 @@ def reward(response: str, answer: str | None) -> float:
 
 def hold(order: Path, phase: str, step: int) -> None:
     """Waits, if that is what `order` says."""
-    if not order.exists() or order.read_text() != f"{phase} {step}":
+    asked = order.exists() and order.read_text() == f"{phase} {step}"
+    if not asked or INTERRUPTION.requested:
         return
     if os.environ.get("RANK") == "0":
         reached_file(order).write_text(f"{phase} {step}")
