@@ -1,8 +1,8 @@
 """Ends a run in which a rank hangs or dies, and says which one, where, and what all were doing.
 
-A thread of every rank tells rank 0 twice a second at most, and every two seconds at least, what its
-main thread is at. Connections are sockets of the watchdog's own: a process that ends is noticed at
-once, one that stops by its silence, a phase that takes too long by its deadline.
+A thread of every rank tells rank 0 every two seconds, and when it changes, what its main thread is
+at. Connections are sockets of the watchdog's own: a process that ends is noticed at once, one that
+stops by its silence, a phase that takes too long by its deadline.
 
     phases      what the main thread is at, and for how long
     wire        JSON lines between the ranks and rank 0

@@ -104,7 +104,7 @@ class Judge:
             return
         quiet_s = now - self._heard_at[rank]
         # It may have been stopped, and killed by somebody in the end.
-        died = f"died in {self._places[rank]}"
+        died = f"died, last seen in {self._places[rank]}"
         found = died if quiet_s < self._silence_s / 2 else f"{died}, silent for {quiet_s:.0f} s"
         self._accuse(_Fault(rank, "lost", found, now))
         self.left(rank)

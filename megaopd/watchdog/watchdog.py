@@ -24,7 +24,7 @@ from megaopd.watchdog.stacks import MainThread, StackFile, main_thread
 from megaopd.watchdog.wire import LINGER_S, Hub, Link, Member, Message
 
 # The thread looks around so often, and gives a sign of life every so often.
-TICK_S = 0.5
+TICK_S = 0.2
 BEAT_S = 2.0
 # Ranks write their stacks within this time, or without them.
 DUMP_S = 5.0
@@ -187,7 +187,7 @@ class Watchdog(AbstractContextManager["Watchdog"]):
                 elif message["kind"] == "failed":
                     self._leave_after_rank_0(message["status"])
                 elif message["kind"] == "lost":
-                    self._end_alone(f"died in {there}")
+                    self._end_alone(f"died, last seen in {there}")
             if now - heard_at > self._silence_s:
                 self._end_alone(f"no sign of life for {now - heard_at:.0f} s in {there}")
             place = self._phases.place()

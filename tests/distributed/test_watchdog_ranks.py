@@ -317,10 +317,12 @@ def test_a_rank_that_is_killed(outcomes, name, dead, phase):
     outcome = outcomes[name]
     assert outcome.statuses == [-9 if rank == dead else 5 for rank in range(NUM_RANKS)]
     (error,) = outcome.errors()
-    assert error.startswith(f"error: rank {dead}: died in {phase}; look at its log, and at ")
+    assert error.startswith(
+        f"error: rank {dead}: died, last seen in {phase}; look at its log, and at "
+    )
     for rank in {0, 1, 2} - {dead}:
         stacks = outcome.stacks(rank)
-        assert f"verdict on rank {dead}: died in {phase}" in stacks
+        assert f"verdict on rank {dead}: died, last seen in {phase}" in stacks
         # The collective has ended; where it was called is told by its error.
         assert "in meet" in stacks
         assert "RuntimeError: " in stacks

@@ -117,14 +117,15 @@ class TestJudge:
         assert judge.verdict(2.5) is None
         verdict = judge.verdict(4.0)
         assert verdict.ranks == (3, 1)
-        assert "rank 3: died in phase rollout of step 7, and so it is with rank 1; " in str(
-            verdict.fault("")
+        assert (
+            "rank 3: died, last seen in phase rollout of step 7, and so it is with rank 1; "
+            in str(verdict.fault(""))
         )
         assert judge.watched == {0, 2}
 
     def test_who_stopped_and_was_ended_had_stopped(self, judge):
         judge.lost(1, 32.0)
-        expected = "died in phase rollout of step 7, silent for 31 s"
+        expected = "died, last seen in phase rollout of step 7, silent for 31 s"
         assert judge.verdict(34.0).found == expected
 
     def test_who_left_is_missed_by_nobody(self, judge):
