@@ -21,6 +21,7 @@ from megaopd.errors import ConfigError, MegaOPDError, NumericError, RolloutError
 from megaopd.inputs import Inputs, read_config, read_inputs, teacher_configs
 from megaopd.interruption import INTERRUPTION
 from megaopd.logger import get_logger, setup_logging
+from megaopd.storage.run_files import run_files
 from megaopd.storage.run_lock import run_lock
 from megaopd.train_checkpoints import build_checkpoints, find_resumable, resume
 from megaopd.train_export import export_student
@@ -101,12 +102,13 @@ def train(config: Config, inputs: Inputs) -> None:
     is_main = groups.rank == 0
     run_dir = Path(config.run.dir)
     with ExitStack() as held:
-        with agreed():
+        with agreed(), run_files(run_dir):
             if is_main:
                 _make_run_dir(run_dir)
                 held.enter_context(run_lock(run_dir))
         found = find_resumable(config)
-        with run_watch(config, inputs, groups, found.step if found else 0) as watch:
+        step = found.step if found else 0
+        with run_watch(config, inputs, groups, step) as watch, run_files(run_dir):
             _run(config, inputs, groups, found, watch)
     parallel_groups.shutdown()
 

@@ -19,7 +19,7 @@ from megaopd.errors import CheckpointError, ConfigError, EnvironmentFault
 from megaopd.storage.manifest import write_manifest
 
 # The file system has no more room for us, or none for a file of this size.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # A file system that knows no locks.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
@@ -195,7 +195,7 @@ class StagedDirectory:
             yield
         except OSError as error:
             where = str(error.filename or self.dst)
-            if error.errno in _FULL:
+            if error.errno in FULL:
                 free = shutil.disk_usage(self.dst.parent).free
                 needs = f"needs {self._needed_bytes} bytes, " if self._needed_bytes else ""
                 raise EnvironmentFault(
