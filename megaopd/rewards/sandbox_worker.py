@@ -164,6 +164,9 @@ def main() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(parent):
         os._exit(1)  # it died before the call
+    # Meant for the run, which ends its workers by itself; a job's signals may reach all processes.
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Answers go where standard output was; what a library prints goes nowhere.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")

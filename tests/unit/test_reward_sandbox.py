@@ -50,6 +50,17 @@ def test_a_worker_that_died_between_checks_is_replaced(sandbox: Sandbox) -> None
     assert sandbox.num_ended == ended
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_the_whole_job_ends_no_worker(sandbox: Sandbox, number: int) -> None:
+    """The run finishes its step, with the scores that it would have had."""
+    sandbox.score(*HALF)
+    before = pid_of(sandbox)
+    os.kill(before, number)
+    time.sleep(0.05)
+    assert sandbox.score(*HALF) == 1
+    assert pid_of(sandbox) == before
+
+
 def test_threads_share_a_worker(sandbox: Sandbox) -> None:
     scores: list[float] = []
     threads = [

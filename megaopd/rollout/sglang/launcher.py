@@ -80,6 +80,8 @@ def redact_log(secrets: list[str]) -> None:
 def main() -> None:
     order = json.loads(sys.stdin.readline())
     die_with(order["parent"])
+    # A job's warning to the run may reach all processes; the server's end is the run's affair.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # Whatever else is printed, by an import say, belongs to the log.
     report_to = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
