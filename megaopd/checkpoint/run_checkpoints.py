@@ -62,6 +62,7 @@ class _Pending:
 
     step: int
     state: dict[str, Any]
+    random: dict[str, Any]
     staged: StagedDirectory
     writer: ShardWriter
     num_bytes: int
@@ -183,7 +184,9 @@ class RunCheckpoints:
             "world_size": self._world_size,
             "layout": self._layout,
         }
-        self._pending = _Pending(step, state, staged, writer, num_bytes, started, 0.0)
+        self._pending = _Pending(
+            step, state, random_state(), staged, writer, num_bytes, started, waited_s=0.0
+        )
         if self._export_adapter is not None and self._exports is not None:
             self._export_adapter(step_directory(self._exports, step))
         self._pending.waited_s = time.monotonic() - started
@@ -257,7 +260,7 @@ class RunCheckpoints:
             with agreed(), staged.reporting():
                 if pending.writer.error is not None:
                     raise _as_ours(pending.writer.error, staged.dst)
-            mine = (pending.writer.chunks, pending.writer.digests, random_state())
+            mine = (pending.writer.chunks, pending.writer.digests, pending.random)
             by_rank: list[Any] | None = [None] * self._world_size if self._rank == 0 else None
             dist.gather_object(mine, by_rank, dst=0)
             with agreed(), staged.reporting():
@@ -301,8 +304,11 @@ class RunCheckpoints:
         set_config_dtype(staged.path / _COMPANIONS, self._dtype)
 
     def _remove_old(self) -> None:
-        """Removes what is not to be kept: first its name, then its files."""
-        steps = stored_steps(self.root)
+        """Removes what is not to be kept: first its name, then its files.
+
+        A step past the newest one is what a damaged checkpoint has left; it counts for nothing.
+        """
+        steps = [step for step in stored_steps(self.root) if step <= (self.newest or 0)]
         every = self.config.keep_every
         kept = set(steps[-self.config.keep_last :]) | {s for s in steps if every and s % every == 0}
         for step in steps:
