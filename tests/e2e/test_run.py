@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megaopd.status.snapshot import take_snapshot
 from tests.helpers.runs import make_run, metrics_of, run_command, torchrun_training
 
 pytestmark = pytest.mark.slow
@@ -49,7 +50,21 @@ def test_metrics(finished):
     assert max(metrics_of(out, "rollout/mismatch_max")) < 1e-3
     for phase in ("rollout", "pack", "teacher", "student", "weight_sync", "step"):
         assert min(metrics_of(out, f"time/{phase}_s")) > 0
+    assert min(metrics_of(out, "perf/tflops_per_gpu") + metrics_of(out, "perf/teacher_tflops")) > 0
+    assert metrics_of(out, "perf/mfu") == []  # a CPU has no peak to compare with
+    summary = json.loads((out / "summary.json").read_text())
+    assert metrics_of(out, "eval/teacher_accuracy") == [summary["teacher_accuracy"]]
     assert list((out / "tensorboard").glob("events.*"))
+
+
+def test_the_status_is_that_of_a_finished_run(finished):
+    out, _ = finished
+    snapshot = take_snapshot(out)
+    assert (snapshot["state"], snapshot["step"], snapshot["num_steps"]) == ("finished", 3, 3)
+    assert snapshot["layout"].startswith("2 ranks on cpu; student TP2")
+    assert snapshot["counts"]["skipped"] == snapshot["unreadable_lines"] == 0
+    phases = {"rollout", "pack", "teacher", "credit", "student", "weight_sync", "other"}
+    assert set(snapshot["phases"]) == phases
 
 
 def test_report_is_self_contained(finished):
