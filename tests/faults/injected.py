@@ -206,7 +206,8 @@ def nan_in_the_teachers_signal(fault: Fault) -> None:
 
 
 def nan_gradient(fault: Fault) -> None:
-    """One element of the gradient is NaN on `rank` at step `step`, before ranks add theirs up."""
+    """One element of the gradient is NaN on `rank` at step `step`, or up to step `last`, before
+    ranks add theirs up."""
     import torch
 
     from megaopd.trainer import OPDTrainer
@@ -217,7 +218,7 @@ def nan_gradient(fault: Fault) -> None:
 
         def spoilt(micro_batches: Any, signals: Any, step: int) -> Any:
             handle = None
-            if is_here(fault) and step == fault["step"]:
+            if is_here(fault) and fault["step"] <= step <= fault.get("last", fault["step"]):
 
                 def hook(gradient: torch.Tensor) -> torch.Tensor:
                     gradient = gradient.clone()
