@@ -18,7 +18,11 @@ from tools.prepare_debug import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "slurm/opd_32b_to_8b.sbatch"
-HELD = "eval.reward=tests/helpers/slurm/held.py:reward"
+# The debug run, and less of it.
+RUN = (
+    *("conf=debug", "rollout.max_new_tokens=6", "eval.num_prompts=2"),
+    "eval.reward=tests/helpers/slurm/held.py:reward",
+)
 # Threads of a rank follow from the cores that it sees; with these all runs have one.
 CORES = set(sorted(os.sched_getaffinity(0))[:2])
 
@@ -69,7 +73,7 @@ def unbroken(quick: Path, debug: None, tmp_path_factory: pytest.TempPathFactory)
     command = ["taskset", "-c", ",".join(map(str, CORES))]
     command += [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "4", "--no-python", str(quick / "bin/python")]
-    command += ["-m", "megaopd.train", "conf=debug", f"run.dir={run_dir}", HELD]
+    command += ["-m", "megaopd.train", *RUN, f"run.dir={run_dir}"]
     done = run_command(command, timeout_s=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return run_dir
@@ -101,8 +105,7 @@ def test_slurm_takes_the_script_as_it_is(cluster):
 def test_debug_run_is_the_run_of_torchrun(cluster, unbroken, tmp_path):
     """With an interpreter of its own for each rank, and a directory with a blank in its name."""
     run_dir, out = tmp_path / "a run", tmp_path / "out.txt"
-    environment = f"venv:{sys.prefix}"
-    job = submit(cluster, out, "conf=debug", f"run.dir={run_dir}", HELD, MEGAOPD_ENV=environment)
+    job = submit(cluster, out, *RUN, f"run.dir={run_dir}", MEGAOPD_ENV=f"venv:{sys.prefix}")
     cluster.wait(job, "COMPLETED", 400, out)
     assert_same_run(run_dir, unbroken)
     logs = run_dir / "logs" / f"{job}-0"
@@ -123,7 +126,7 @@ def test_debug_run_is_the_run_of_torchrun(cluster, unbroken, tmp_path):
 )
 def test_wrong_words_end_the_job_in_one_line(cluster, quick, debug, tmp_path, word, error):
     out = tmp_path / "out.txt"
-    words = ("conf=debug", f"run.dir={tmp_path}/run", word)
+    words = (*RUN, f"run.dir={tmp_path}/run", word)
     job = cluster.wait(
         submit(cluster, out, *words, MEGAOPD_ENV=f"venv:{quick}"), "FAILED", 200, out
     )
@@ -138,7 +141,7 @@ def test_a_line_of_a_sweep_for_each_task(cluster, quick, debug, tmp_path):
         f"# a comment\noptimizer.lr=3.0e-4 \"data.name='of $(touch {tmp_path}/ran)'\"\n\n"
         f"optimizer.lr=5.0e-4 train.num_steps=3\n"
     )
-    words = ("--array=0-1", "conf=debug", f"sweep={sweep}", f"run.dir={tmp_path}/run")
+    words = ("--array=0-1", *RUN, f"sweep={sweep}", f"run.dir={tmp_path}/run")
     words += ("train.num_steps=2", "train.export=false", "eval.interval=0", f"data.name='{name}'")
     job = submit(cluster, tmp_path / "out-%a.txt", *words, MEGAOPD_ENV=f"venv:{quick}")
     for task in (0, 1):
@@ -156,7 +159,8 @@ def test_a_run_outlives_all_that_ends_a_job(cluster, quick, unbroken, tmp_path):
     job = submit(
         cluster,
         out,
-        *("conf=debug", f"run.dir={run_dir}", HELD),
+        *RUN,
+        f"run.dir={run_dir}",
         MEGAOPD_ENV=f"venv:{quick}",
         MEGAOPD_TEST_HOLD=str(order),
     )

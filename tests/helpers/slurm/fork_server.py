@@ -9,8 +9,10 @@ passes signals on to it, and ends as it ends; if it is killed, so is the fork.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
+import pkgutil
 import runpy
 import selectors
 import signal
@@ -46,8 +48,7 @@ Order = tuple[tuple[list[str], str, dict[str, str]], list[int]]
 
 def main(directory: Path) -> None:
     """Serves until its standard input ends."""
-    import tests.helpers.preloaded  # noqa: F401
-
+    _import_all()
     program, address = directory / "bin/python", directory / "socket"
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(address))
@@ -58,6 +59,21 @@ def main(directory: Path) -> None:
     print("ready", flush=True)
     if order := _serve(listener):
         _become(*order)
+
+
+def _import_all() -> None:
+    """Whatever a run imports, early or late."""
+    import transformers
+
+    import megaopd
+    import tests.helpers.preloaded  # noqa: F401
+
+    for name in ("Qwen3ForCausalLM", "AutoTokenizer", "PreTrainedTokenizerFast"):
+        getattr(transformers, name)
+    for module in pkgutil.walk_packages(megaopd.__path__, "megaopd."):
+        # Those that are the program of a process of their own.
+        if not module.name.endswith(("__main__", "_worker", "launcher")):
+            importlib.import_module(module.name)
 
 
 def _serve(listener: socket.socket) -> tuple[Order, socket.socket] | None:
