@@ -13,7 +13,7 @@ SGLANG_SOURCES := $(wildcard tests/helpers/sglang_cpu/*)
 # What the demo trains with; the check of its export finds the run's directory by the same words.
 DEMO_RUN = conf=demo_cpu data=demo_$(TASK) $(ARGS)
 
-.PHONY: demo sglang test test-fast lint docs clean
+.PHONY: demo sglang test test-fast test-faults lint docs clean
 
 # The reference lane: CPU, versions pinned in constraints.txt. torch goes first so that its exact pin is
 # met before any other package asks for a range.
@@ -46,6 +46,12 @@ lint: $(VENV)/installed
 
 test: lint $(DEMO)/complete $(SGLANG)/installed
 	$(BIN)/pytest -n 2 --dist loadfile
+
+# The faults that `make test` injects a few times, many times: a quarter of an hour. What was seen goes
+# into the documentation.
+test-faults: $(VENV)/installed
+	FAULTS_TABLE=docs/reliability.md \
+		$(BIN)/pytest -n 2 --dist loadfile -m slow -k "not short" tests/faults
 
 test-fast: $(VENV)/installed
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"

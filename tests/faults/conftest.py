@@ -55,7 +55,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for injected, seen in rows:
         terminalreporter.write_line(f"{injected}\n    {seen}")
     document = os.environ.get("FAULTS_TABLE")
-    if document and not terminalreporter.stats.get("failed"):
+    if document and not any(map(terminalreporter.stats.get, ("failed", "error", "skipped"))):
         _write(Path(document), rows)
 
 

@@ -87,7 +87,10 @@ def test_nothing_is_refused_without_damage(root: Path) -> None:
     assert found.step == NEWEST
 
 
-@pytest.mark.parametrize("flips", [20, pytest.param(200, marks=pytest.mark.faults)])
+@pytest.mark.parametrize(
+    "flips",
+    [pytest.param(20, id="short"), pytest.param(200, id="long", marks=pytest.mark.faults)],
+)
 def test_flipped_bits(root: Path, rng: random.Random, report: Report, flips: int) -> None:
     newest = step_directory(root, NEWEST)
     files = [path for path in sorted(newest.rglob("*")) if path.is_file()]

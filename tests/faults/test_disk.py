@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import pytest
 
 from megaopd.storage.steps import step_directory
 from tests.faults.conftest import Report
-from tests.faults.course import Attempt, attempt, contents, difference, figures, run
+from tests.faults.course import Attempt, attempt, contents, difference, run
 from tests.helpers.runs import make_run
 
 pytestmark = pytest.mark.slow
@@ -38,12 +39,10 @@ def unbroken(config: Path) -> Path:
     return config.parent / "unbroken"
 
 
-def half_run(config: Path, run_dir: Path) -> dict[str, str]:
-    """Trains as far as the checkpoint of step 2, and no further; returns what is in it."""
-    with attempt(config, run_dir, LENGTH) as started:
-        started.wait_until(lambda: len(figures(run_dir)) >= 3)
-        started.kill(0)
-        started.finish()
+def half_run(unbroken: Path, run_dir: Path) -> dict[str, str]:
+    """A run that has come to the checkpoint of step 2; returns what is in that."""
+    done = step_directory(unbroken / "checkpoints", 4)
+    shutil.copytree(unbroken, run_dir, ignore=shutil.ignore_patterns(done.name))
     old = contents(step_directory(run_dir / "checkpoints", 2))
     assert old
     return old
@@ -91,7 +90,7 @@ def test_the_disk_is_full(
     fault: dict[str, Any] | None = None if known else {"kind": "room_that_is_not_there"}
     with file_system(tmp_path / "small", size + size // 2) as small:
         run_dir = small / "run"
-        old = half_run(config, run_dir)
+        old = half_run(unbroken, run_dir)
         started = run(config, run_dir, LENGTH, fault=fault)
         ended_as_it_should(started, 5, old)
         line = re.search(r"error: (\S+): no space left.*", started.said)
@@ -141,7 +140,7 @@ def test_the_writer_fails(
     words: str,
 ) -> None:
     run_dir = tmp_path / "run"
-    old = half_run(config, run_dir)
+    old = half_run(unbroken, run_dir)
     with attempt(config, run_dir, LENGTH, fault=kind) as started:
         started.finish()
         ended = time.time()

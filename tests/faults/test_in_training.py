@@ -162,7 +162,13 @@ def test_three_in_a_row(config: Path, tmp_path: Path, report: Report) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [(), ("train.max_tokens_per_micro_batch=80",)], ids=["", "packed"]
+    "words",
+    [
+        pytest.param((), id="padded"),
+        pytest.param(
+            ("train.max_tokens_per_micro_batch=80",), id="packed", marks=pytest.mark.faults
+        ),
+    ],
 )
 def test_no_token_counts(
     config: Path, unbroken: Path, tmp_path: Path, report: Report, words: tuple[str, ...]
@@ -181,6 +187,7 @@ def test_no_token_counts(
     )
 
 
+@pytest.mark.faults
 def test_every_response_is_cut(config: Path, tmp_path: Path, report: Report) -> None:
     """One token a response: none ends by itself, but for those whose first token is the end."""
     run_dir = tmp_path / "run"

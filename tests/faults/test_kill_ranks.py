@@ -23,7 +23,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("times", "num_steps"), [(2, 8), pytest.param(20, 60, marks=pytest.mark.faults)]
+    ("times", "num_steps"),
+    [pytest.param(2, 8, id="short"), pytest.param(20, 60, id="long", marks=pytest.mark.faults)],
 )
 @pytest.mark.timeout(1200)
 def test_killed_at_random_steps(

@@ -94,7 +94,11 @@ PASSING = (
 
 
 @pytest.mark.parametrize(
-    "faults", [PASSING[:4], pytest.param(PASSING, marks=pytest.mark.faults)], ids=len
+    "faults",
+    [
+        pytest.param(PASSING[:4], id="short"),
+        pytest.param(PASSING, id="long", marks=pytest.mark.faults),
+    ],
 )
 def test_faults_that_pass(
     config: Path, unbroken: Path, tmp_path: Path, report: Report, faults: tuple[Any, ...]
@@ -167,6 +171,7 @@ def test_one_of_two_is_gone_and_comes_back(
     )
 
 
+@pytest.mark.faults
 def test_all_are_gone(config: Path, unbroken: Path, tmp_path: Path, report: Report) -> None:
     run_dir = tmp_path / "run"
     with servers(1) as (loop, (fake,)):
