@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from megaopd.errors import MegaOPDError, StopRequested
 from megaopd.logger import get_logger
+from megaopd.redaction import redact
 
 STATUS_FILE = "status.json"
 STATES = ("running", "finished", "stopped", "failed")
@@ -192,4 +193,4 @@ class _Warnings(logging.Handler):
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())[:MAX_CHARACTERS]
+    return " ".join(redact(text).split())[:MAX_CHARACTERS]

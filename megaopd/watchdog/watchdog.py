@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megaopd.config_reliability import DeadlineConfig
 from megaopd.errors import EnvironmentFault, MegaOPDError
+from megaopd.redaction import redact
 from megaopd.watchdog.judge import GRACE_S, Judge, Verdict, of_the_guilty
 from megaopd.watchdog.phases import Phases, Place
 from megaopd.watchdog.stacks import MainThread, StackFile, main_thread
@@ -251,7 +252,7 @@ class Watchdog(AbstractContextManager["Watchdog"]):
             with suppress(OSError):  # the disk is full, or nobody reads any more
                 _say(f"{head}: {main.calls}")
                 about = f"verdict on rank {verdict.ranks[0]}: {verdict.found}"
-                self._stacks.write(f"{head}\n{about}\n{met}")
+                self._stacks.write(redact(f"{head}\n{about}\n{met}"))
 
         _in_time(write)
         return main
@@ -321,4 +322,4 @@ def _verdict(message: Message) -> Verdict:
 
 def _say(line: str) -> None:
     """A line on stderr, whoever is writing there."""
-    os.write(2, f"{line}\n".encode())
+    os.write(2, f"{redact(line)}\n".encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,27 @@ def test_an_error_of_the_users_code_that_holds_a_key(folder, tmp_path, debug):
     assert "***" in said
     assert "canary" not in said
     assert files_with(tmp_path, "canary") == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_crash_that_holds_a_key(folder, tmp_path, rank):
+    """Its traceback, the stacks of all ranks and the status."""
+    out = tmp_path / "out"
+    fault = {"kind": "crash", "rank": rank, "step": 2, "variable": "HF_TOKEN"}
+    done = run_module(
+        "tests.faults.injected",
+        [f"conf={folder}/run.yaml", f"run.dir={out}", "data.eval=", "eval.teacher=false"],
+        num_ranks=2,
+        timeout_s=100,
+        FAULT=json.dumps(fault),
+        **KEYS,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert "LookupError: ***" in said
+    assert "canary" not in said
+    assert '"state": "failed"' in (out / "status.json").read_text()
+    assert files_with(out, "canary") == []
 
 
 # In words of the command line, with what must be said and what must not.

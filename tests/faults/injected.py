@@ -263,6 +263,20 @@ def no_tokens(fault: Fault) -> None:
     _before_fit(OPDTrainer, spoil)
 
 
+def crash(fault: Fault) -> None:
+    """A bug: step `step` raises on `rank`, with the value of `variable` in its text."""
+    from megaopd.trainer import OPDTrainer
+
+    step = OPDTrainer.step
+
+    def crashing(trainer: OPDTrainer, number: int) -> Any:
+        if is_here(fault) and number == fault["step"]:
+            raise LookupError(os.environ[fault["variable"]])
+        return step(trainer, number)
+
+    OPDTrainer.step = crashing  # type: ignore[method-assign]
+
+
 def wrong_resume(fault: Fault) -> None:
     """A resume that forgets `what`: what comparing runs is worth."""
     from megaopd.checkpoint.training_state import ModelState
@@ -313,6 +327,7 @@ FAULTS: dict[str, Callable[[Fault], None]] = {
         nan_in_the_teachers_signal,
         nan_gradient,
         no_tokens,
+        crash,
         wrong_resume,
     )
 }
