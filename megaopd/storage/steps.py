@@ -21,7 +21,7 @@ from megaopd.storage.manifest import MANIFEST, check_listing, read_manifest
 POINTER = "latest_checkpointed_iteration.txt"
 
 _STEP = re.compile(r"^iter_(\d{7,})$")
-_LEFTOVER = re.compile(r"^\.iter_\d{7,}\.(partial|removed)$")
+_LEFTOVER = re.compile(r"^\.iter_\d{7,}\.(partial|partial\.lock|removed)$")
 _CONFIG, _COMPANIONS, _METADATA = "config.json", "hf", ".metadata"
 
 
@@ -52,7 +52,10 @@ def remove_leftovers(root: Path) -> None:
     if root.is_dir():
         for name in os.listdir(root):
             if _LEFTOVER.match(name):
-                shutil.rmtree(root / name, ignore_errors=True)
+                if (root / name).is_dir():
+                    shutil.rmtree(root / name, ignore_errors=True)
+                else:  # a lock that nobody holds
+                    (root / name).unlink(missing_ok=True)
 
 
 def is_complete(directory: Path) -> bool:

@@ -9,7 +9,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,10 +112,20 @@ class Attempt:
         self.status = self.ranks.wait(max(0.1, until - first), grace_s=NOTICED_S)
         self.ended_s = time.monotonic() - first
         self.statuses = self.ranks.statuses
-        self.said = self.ranks.said()[1]
+        self.said = self.ranks.said()[1] + "".join(self._still_there())
         self.done = max(figures(self.run_dir), default=0)
         found = GOING_ON.search(self.said)
         self.resumed = int(found[1]) if found else 0
+
+    def _still_there(self) -> Iterator[str]:
+        """What can be seen of processes that have not ended."""
+        for rank, pid in enumerate(self.ranks.pids):
+            if self.statuses[rank] is None:
+                for task in Path(f"/proc/{pid}/task").glob("*"):
+                    with suppress(OSError):
+                        words = (task / "stat").read_text().rpartition(")")[2].split()
+                        where = (task / "wchan").read_text()
+                        yield f"rank {rank} has not ended: thread {task.name}, {words[0]} {where}\n"
 
 
 @contextmanager

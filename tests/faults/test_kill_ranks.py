@@ -42,12 +42,14 @@ def test_killed_at_random_steps(
         target = min(max(3, newest + rng.randint(1, 3)), num_steps - 2)
         rank = rng.randrange(2)
         with attempt(config, killed, length) as started:
-            started.wait_until(lambda t=target: max(figures(killed), default=0) >= t)
+            started.wait_until(
+                lambda t=target: max(figures(killed), default=0) >= t and _newest(killed) > 0
+            )
             time.sleep(rng.uniform(0, 2 * step_s))
             started.kill(rank)
             started.finish()
         assert -9 in started.statuses, started.said
-        assert None not in started.statuses, "the other rank waits for the dead one"
+        assert None not in started.statuses, started.said
         if number:
             resumed_from.append(started.resumed)
             assert started.resumed == newest, "not the newest checkpoint"
@@ -90,12 +92,12 @@ def test_a_resume_that_forgets_something_is_seen(
     assert unbroken.status == 0, unbroken.said
     run_dir = tmp_path / "forgetful"
     with attempt(config, run_dir, "train.num_steps=6") as started:
-        started.wait_until(lambda: len(figures(run_dir)) >= 3)
+        started.wait_until(lambda: len(figures(run_dir)) >= 3 and _newest(run_dir) > 0)
         started.kill(0)
         started.finish()
     last = run(config, run_dir, "train.num_steps=6", fault={"kind": "wrong_resume", "what": what})
     assert last.status == 0, last.said
-    assert last.resumed == 2
+    assert last.resumed > 0
     found = difference(run_dir, unbroken.run_dir)
     assert found
     report(f"a resume that forgets its {what}", f"seen as not exact: {found.split(':')[0]} differs")

@@ -15,6 +15,7 @@ from megaopd.storage.steps import (
     find_checkpoint,
     hf_directory,
     is_megatron,
+    remove_leftovers,
     step_directory,
     write_pointer,
 )
@@ -62,6 +63,17 @@ def test_a_step_under_another_name(root):
 def test_hidden_leftovers_are_no_steps(root):
     (root / "iter_0000200").rename(root / ".iter_0000200.partial")
     assert find_checkpoint(root) == root / "iter_0000010"
+
+
+def test_hidden_leftovers_are_removed_and_nothing_else(root):
+    (root / "iter_0000200").rename(root / ".iter_0000200.removed")
+    (root / ".iter_0000300.partial" / "hf").mkdir(parents=True)
+    (root / ".iter_0000300.partial.lock").touch()
+    (root / ".mine").touch()
+    kept = {path.name for path in root.iterdir() if not path.name.startswith(".iter_")}
+    remove_leftovers(root)
+    assert {path.name for path in root.iterdir()} == kept
+    remove_leftovers(root / "nowhere")
 
 
 @pytest.mark.parametrize(
