@@ -22,7 +22,7 @@ from megaopd.interruption import Interruption
 from megaopd.logger import get_logger
 from megaopd.losses.objective import needs_teacher
 from megaopd.metrics import MetricsWriter, PhaseTimer
-from megaopd.parallel.agreement import any_rank
+from megaopd.parallel.agreement import first_reason
 from megaopd.protocols import (
     Checkpoints,
     RolloutEngine,
@@ -315,11 +315,9 @@ class OPDTrainer:
         if self.checkpoints is not None:
             with self.watch("checkpoint", self.done):
                 self.checkpoints.poll()
-        reason = self.interruption.reason
-        if any_rank(reason is not None):
-            raise StopRequested(
-                "run", reason or "another rank was told to stop", "start it again to go on"
-            )
+        reason = first_reason(self.interruption.reason)
+        if reason is not None:
+            raise StopRequested("run", reason, "start it again to go on")
 
     def _stopped(self, stop: StopRequested) -> StopRequested:
         """Saves the run, and says where."""

@@ -30,10 +30,17 @@ def agreed() -> Iterator[None]:
             raise first
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank; collective."""
+def first_reason(reason: str | None) -> str | None:
+    """The reason of the first rank that has one, on every rank; collective.
+
+    Where none has, which is nearly always, one small tensor is reduced.
+    """
     if not dist.is_initialized():
-        return flag
-    flags = torch.tensor([int(flag)])
+        return reason
+    flags = torch.tensor([int(reason is not None)])
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags[0])
+    if not flags[0]:
+        return None
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, reason)
+    return next(r for r in reasons if r is not None)
