@@ -112,7 +112,7 @@ def test_flipped_bits(root: Path, rng: random.Random, report: Report, flips: int
     )
 
 
-def test_files_cut_short_grown_removed_added(root: Path, report: Report) -> None:
+def test_files_cut_grown_removed_added(root: Path, report: Report) -> None:
     newest = step_directory(root, NEWEST)
     files = [path for path in sorted(newest.rglob("*")) if path.is_file()]
     count = 0
