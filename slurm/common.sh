@@ -260,6 +260,10 @@ start_servers() {  # MEGAOPD_SERVER_NODES=K: SGLang servers on the last K nodes
   words+=(rollout.launch=false "rollout.urls=[$urls]")
 }
 
+servers_were_lost() {
+  ! kill -0 "$server_step" 2>/dev/null || grep -qs 'sglang server .*: restart ' "$logs"/servers_*.log
+}
+
 random_key() {
   head -c 32 /dev/urandom | base64 --wrap=0 | tr '+/' '-_' | tr -d =
 }
@@ -275,9 +279,8 @@ train() {
     2>"$logs/srun.log" &
   wait_for $! || status=$?
   status=$(first_failure "$status" "$logs/srun.log")
-  if ((status == 7)) && [[ $server_step ]] && ! kill -0 "$server_step" 2>/dev/null; then
-    status=5  # there are no servers because their nodes are gone
-  fi
+  # That no server answers is the machine's fault if one of ours was lost.
+  if ((status == 7)) && [[ $server_step ]] && servers_were_lost; then status=5; fi
   end "$status" "$logs/srun.log" "$logs"/rank_*.log
 }
 

@@ -18,6 +18,8 @@ from tests.helpers.slurm.fake import install_fakes
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "slurm/opd_32b_to_8b.sbatch"
 
+pytestmark = pytest.mark.slow  # tens of processes each
+
 
 class Job:
     """One start of the script in an empty directory."""
@@ -314,3 +316,12 @@ def test_servers_have_nodes_and_keys_of_their_own(job):
     written = "".join(p.read_text() for p in files() if "fake" not in str(p))
     assert not any(key in written for key in keys)
     assert not any(key in word for key in keys for word in [*served, *trained])
+
+
+@pytest.mark.parametrize(
+    ("log", "requeues"), [("", 0), ("I sglang server 1: restart 1 of at most 10 in a row", 1)]
+)
+def test_a_lost_server_is_a_failure_of_the_machine(job, log, requeues):
+    job.fake |= {"runs": ends_with(7, "error: rollout servers: all are down; look"), "servers": log}
+    assert job.run(MEGAOPD_SERVER_NODES="1")[0] == (5 if requeues else 7)
+    assert len(job.requeues()) == requeues

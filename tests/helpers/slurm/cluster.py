@@ -340,9 +340,10 @@ def main(argv: list[str]) -> None:
     install()
     cluster = VirtualCluster(Path(argv[0]).resolve())
     cluster.start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     print(f"export SLURM_CONF={cluster.conf}\n# Ctrl-C stops it", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):
-        signal.pause()
+    # A shell that starts it in the background ignores the first for it.
+    signal.sigwait({signal.SIGINT, signal.SIGTERM})
     cluster.stop()
 
 

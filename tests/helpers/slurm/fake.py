@@ -8,6 +8,7 @@
   run_dir       what the configuration says
   runs          module -> [status, what each of its ranks prints]; what is not there prints nothing
   srun          lines that srun prints about a module's ranks, in place of its own
+  servers       what the servers' log says
   wait_s        how long a module's ranks take
 
 Every call of `scontrol requeue` and of Python is a line of $FAKE.calls: a JSON list.
@@ -15,32 +16,32 @@ Every call of `scontrol requeue` and of Python is a line of $FAKE.calls: a JSON 
 
 from __future__ import annotations
 
+# Dozens of these are started for one test: what takes long to import is left out.
 import json
 import os
-import subprocess
 import sys
 import time
-from pathlib import Path
-from typing import Any
 
 NAMES = ("srun", "scontrol", "squeue", "sleep", "python", "apptainer")
 
 
-def install_fakes(directory: Path) -> None:
+def install_fakes(directory: str | os.PathLike[str]) -> None:
     """Makes `directory`/bin with all of them."""
-    (directory / "bin").mkdir(parents=True)
+    os.makedirs(f"{directory}/bin")
+    with open(__file__) as source:
+        text = f"#!{sys.executable} -ISs\n{source.read()}"
     for name in NAMES:
-        program = directory / "bin" / name
-        program.write_text(f"#!{sys.executable} -ISs\n" + Path(__file__).read_text())
-        program.chmod(0o755)
+        with open(f"{directory}/bin/{name}", "w") as program:
+            program.write(text)
+        os.chmod(f"{directory}/bin/{name}", 0o755)
 
 
-def _note(*words: Any) -> None:
+def _note(*words: object) -> None:
     with open(os.environ["FAKE"] + ".calls", "a") as calls:
         calls.write(json.dumps(words) + "\n")
 
 
-def _next(fake: dict[str, Any], name: str, default: Any) -> Any:
+def _next(fake: dict, name: str, default: object) -> object:
     """The next of what is to be said."""
     values = fake.get(name, default)
     if not isinstance(values, list):
@@ -53,7 +54,7 @@ def _next(fake: dict[str, Any], name: str, default: Any) -> Any:
     return values[min(index, len(values) - 1)]
 
 
-def scontrol(fake: dict[str, Any], argv: list[str]) -> int:
+def scontrol(fake: dict, argv: list[str]) -> int:
     if argv[:2] == ["show", "hostnames"]:
         print("\n".join(fake["nodes"]))
     elif argv[:2] == ["show", "node"]:
@@ -65,24 +66,27 @@ def scontrol(fake: dict[str, Any], argv: list[str]) -> int:
     return 0
 
 
-def squeue(fake: dict[str, Any], argv: list[str]) -> int:
+def squeue(fake: dict, argv: list[str]) -> int:
     name = "reason" if "--format=%r" in argv else "state"
     print(_next(fake, name, {"state": "RUNNING", "reason": "None"}[name]))
     return 0
 
 
-def srun(fake: dict[str, Any], argv: list[str]) -> int:
+def srun(fake: dict, argv: list[str]) -> int:
     """One task stands for all; its number is 0."""
     start = argv.index("bash")
     options = dict(word.lstrip("-").partition("=")[::2] for word in argv[:start])
     environment = {**os.environ, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     environment["FAKE_SRUN"] = json.dumps(options)
-    to = {}
-    if "output" in options:
-        log = Path(options["output"].replace("%t", "0").replace("%%", "%"))
-        log.touch()
-        to = {"stdout": os.open(log, os.O_WRONLY), "stderr": subprocess.STDOUT}
-    status = subprocess.run(argv[start:], env=environment, **to).returncode
+    task = os.fork()
+    if task == 0:
+        if "output" in options:
+            name = options["output"].replace("%t", "0").replace("%%", "%")
+            log = os.open(name, os.O_WRONLY | os.O_CREAT, 0o644)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+        os.execvpe("bash", argv[start:], environment)
+    status = os.waitstatus_to_exitcode(os.waitpid(task, 0)[1])
     said = fake.get("srun", [])
     if status and not said:
         said = [f"srun: error: n1: task 0: Exited with exit code {status}"]
@@ -91,7 +95,7 @@ def srun(fake: dict[str, Any], argv: list[str]) -> int:
     return status
 
 
-def python(fake: dict[str, Any], argv: list[str]) -> int:
+def python(fake: dict, argv: list[str]) -> int:
     if argv[0] == "-c":
         values = (fake.get("run_dir", "run"), *fake.get("models", ("s", "t")))
         print(*values, sep="\0", end="\0")
@@ -102,12 +106,13 @@ def python(fake: dict[str, Any], argv: list[str]) -> int:
     keys = [os.environ.get(f"MEGAOPD_SGLANG_{name}_KEY", "") for name in ("API", "ADMIN")]
     _note(module, argv[2:], json.loads(os.environ["FAKE_SRUN"]), environment, keys)
     if module == "megaopd.convert":
-        directory = Path(argv[4]) / "iter_0000000"
-        directory.mkdir(parents=True)
-        (directory / "SHA256SUMS").write_text(argv[3])
+        os.makedirs(f"{argv[4]}/iter_0000000")
+        open(f"{argv[4]}/iter_0000000/SHA256SUMS", "w").close()
     if module == "megaopd.serve":
         urls = next(word for word in argv if word.startswith("urls=")).removeprefix("urls=")
-        Path(f"{urls}_0").write_text("http://10.0.0.2:30000\n")
+        with open(f"{urls}_0", "w") as file:
+            file.write("http://10.0.0.2:30000\n")
+        print(fake.get("servers", ""), flush=True)
         parent = os.getppid()
         while os.getppid() == parent:
             time.sleep(0.05)
@@ -118,13 +123,14 @@ def python(fake: dict[str, Any], argv: list[str]) -> int:
 
 
 def main() -> None:
-    name, argv = Path(sys.argv[0]).name, sys.argv[1:]
+    name, argv = os.path.basename(sys.argv[0]), sys.argv[1:]
     if name == "sleep":
         time.sleep(0.05)
         return
     if name == "apptainer":
         os.execvp("python", ["python", *argv[argv.index("python") + 1 :]])
-    fake = json.loads(Path(os.environ["FAKE"]).read_text())
+    with open(os.environ["FAKE"]) as file:
+        fake = json.load(file)
     sys.exit(globals()[name](fake, argv))
 
 
