@@ -18,6 +18,12 @@ BEGIN, END = (
     "<!-- End of the table. -->",
 )
 
+# In the order of the table.
+FILES = (
+    *("test_kill_ranks", "test_kill_in_save", "test_disk", "test_damage", "test_in_training"),
+    "test_servers",
+)
+
 Report = Callable[[str, str], None]
 
 
@@ -41,14 +47,15 @@ def report(record_property: Callable[[str, object], None]) -> Report:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    rows = [
-        value.split("\n")
+    found = [
+        (FILES.index(Path(report.location[0]).stem), report.location[1], value)
         for reports in terminalreporter.stats.values()
-        for found in reports
-        if getattr(found, "when", "") == "call"
-        for name, value in found.user_properties
+        for report in reports
+        if getattr(report, "when", "") == "call"
+        for name, value in report.user_properties
         if name == "fault"
     ]
+    rows = [value.split("\n") for _, _, value in sorted(found)]
     if not rows:
         return
     terminalreporter.section("faults")
@@ -62,5 +69,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def _write(document: Path, rows: list[list[str]]) -> None:
     text = document.read_text(encoding="utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    lines = ["| injected | seen |", "|-|-|", *(f"| {a} | {b} |" for a, b in sorted(rows))]
+    lines = ["| injected | seen |", "|-|-|", *(f"| {a} | {b} |" for a, b in rows)]
     document.write_text("\n".join([before + BEGIN, "", *lines, "", END]) + after, encoding="utf-8")
