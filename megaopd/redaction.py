@@ -64,7 +64,11 @@ def redact_output() -> None:
 
     def make_redacted(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make_record(*args, **kwargs)
-        record.msg, record.args = redact(record.getMessage()), None
+        try:
+            message = record.getMessage()
+        except (TypeError, ValueError, KeyError):  # a library's slip, which a handler would show
+            message = f"{record.msg} % {record.args!r}"
+        record.msg, record.args = redact(message), None
         if record.exc_info and record.exc_info[0] is not None:
             # What a formatter finds here it does not make again.
             record.exc_text = redact("".join(traceback.format_exception(*record.exc_info))).rstrip()

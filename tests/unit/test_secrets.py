@@ -150,6 +150,7 @@ def main(argv):
     setup_logging(0)
     get_logger("x").warning("a server said %s", SECRET)
     logging.getLogger("another.library").error("a library said " + SECRET)
+    logging.getLogger("another.library").error("%d of %d", SECRET)
     try:
         raise ValueError(SECRET)
     except ValueError:
@@ -179,6 +180,7 @@ def test_lines_logs_and_tracebacks_of_a_process(argv):
     assert "me:pw" not in said
     assert "a server said ***" in said
     assert "a library said ***" in said
+    assert "%d of %d % ('***',)" in said
     assert "an exception of ***\nTraceback" in said
     assert "\nValueError: ***\n" in said
     assert "invalid literal for int() with base 10: '***'" in said  # of the thread
