@@ -47,7 +47,7 @@ lint: $(VENV)/installed
 test: lint $(DEMO)/complete $(SGLANG)/installed
 	$(BIN)/pytest -n 2 --dist loadfile
 
-# The faults that `make test` injects a few times, many times: a quarter of an hour. What was seen goes
+# The faults that `make test` injects a few times, many times: ten minutes on 2 cores. What was seen goes
 # into the documentation.
 test-faults: $(VENV)/installed
 	FAULTS_TABLE=docs/reliability.md \
