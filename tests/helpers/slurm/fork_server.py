@@ -9,6 +9,7 @@ passes signals on to it, and ends as it ends; if it is killed, so is the fork.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -65,7 +66,7 @@ def _import_all() -> None:
     """Whatever a run imports, early or late."""
     import transformers
 
-    import megaopd
+    import megaopd.inputs
     import tests.helpers.preloaded  # noqa: F401
 
     for name in ("Qwen3ForCausalLM", "AutoTokenizer", "PreTrainedTokenizerFast"):
@@ -74,6 +75,10 @@ def _import_all() -> None:
         # Those that are the program of a process of their own.
         if not module.name.endswith(("__main__", "_worker", "launcher")):
             importlib.import_module(module.name)
+    # The parsers of overrides learn their grammar as they are used.
+    megaopd.inputs.read_config(["conf=debug", "eval.reward=zero", 'run.dir="a b"'], 4)
+    # A collection would touch, and so copy, every page with an object on it.
+    gc.freeze()
 
 
 def _serve(listener: socket.socket) -> tuple[Order, socket.socket] | None:
