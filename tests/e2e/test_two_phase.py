@@ -27,7 +27,7 @@ def test_offload_and_recomputation_change_no_metric(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         for phase in PHASES:
             assert min(metrics_of(out, f"memory/{phase}_peak_gib")) > 0.05  # torch alone is more
-        measured = ("time/", "memory/", "perf/tokens_per_s")
+        measured = ("time/", "memory/", "perf/tokens_per_s", "perf/tflops", "perf/teacher_tflops")
         rows[name] = [
             {key: value for key, value in json.loads(line).items() if not key.startswith(measured)}
             for line in (out / "metrics.jsonl").read_text().splitlines()

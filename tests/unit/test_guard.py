@@ -24,7 +24,7 @@ def test_a_spike_warns_and_several_end_the_run(caplog):
     with caplog.at_level(logging.WARNING, "megaopd"):
         logging.getLogger("megaopd").propagate = True
         run(guard, [1.0, 2.0, 1.0, 2.0, 7.6, 1.0, 7.6, 7.6])
-        assert len(caplog.records) == 3
+        assert len([r for r in caplog.records if r.name.startswith("megaopd")]) == 3
         assert "step 5: loss 7.6 is above guard.loss_spike 5 x the median 1.5" in caplog.text
         with pytest.raises(NumericError, match=r"step 9: loss 7.6 is above .* 3 steps in a row;"):
             run(guard, [7.6], first=9)
