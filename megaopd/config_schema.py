@@ -12,9 +12,11 @@ import difflib
 import inspect
 import json
 import math
+import sys
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import is_dataclass
+from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from megaopd.errors import ConfigError
@@ -176,8 +178,7 @@ def _literal(value: Any) -> str:
 
 def field_docs(cls: type) -> dict[str, str]:
     """The string literal below each field of a dataclass, on one line, by field name."""
-    (node,) = ast.parse(inspect.getsource(cls)).body
-    assert isinstance(node, ast.ClassDef)
+    node = _class_definitions(cls.__module__)[cls.__qualname__]
     docs = {}
     for statement, following in zip(node.body, node.body[1:], strict=False):
         if (
@@ -188,6 +189,13 @@ def field_docs(cls: type) -> dict[str, str]:
         ):
             docs[statement.target.id] = " ".join(str(following.value.value).split())
     return docs
+
+
+@cache
+def _class_definitions(module: str) -> dict[str, ast.ClassDef]:
+    """The classes of a module by name. `inspect` would parse all of it for each class."""
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
 def to_yaml(config: Any) -> str:
