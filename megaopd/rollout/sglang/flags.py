@@ -106,6 +106,8 @@ def _cpu_options(spec: ServerSpec) -> list[Option]:
             ["--disable-cuda-graph"],
         ],
         [["--disable-overlap-schedule"]],
+        # An idle scheduler would take a core that the trainer has work for.
+        [["--sleep-on-idle"], []],
         # Without a bound the cache of keys and values takes most of the machine's memory.
         [["--max-total-tokens", "16384"]],
         # The prompts of many requests at once would keep it silent for longer than a hang may last.

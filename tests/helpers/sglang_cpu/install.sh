@@ -9,5 +9,5 @@ pip=("$venv/bin/pip" install -q --disable-pip-version-check)
 "${pip[@]}" "$(grep -E '^torch==' "$here/../../../constraints.txt")"
 "${pip[@]}" --no-deps -r "$here/requirements.txt"
 packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-cp "$here/sgl_kernel.py" "$here/torchvision_operators.py" "$packages/"
-echo "import torchvision_operators" > "$packages/sglang_cpu.pth"
+cp "$here/sgl_kernel.py" "$here/torchvision_operators.py" "$here/forked_children.py" "$packages/"
+printf 'import %s\n' torchvision_operators forked_children > "$packages/sglang_cpu.pth"
