@@ -5,6 +5,8 @@ MAKEFLAGS += --jobs=2
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Two files at a time, the long ones first (see testpaths).
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 TASK ?= copy
 RANKS ?= 3
 DEMO := .cache/demo
@@ -13,7 +15,7 @@ SGLANG_SOURCES := $(wildcard tests/helpers/sglang_cpu/*)
 # What the demo trains with; the check of its export finds the run's directory by the same words.
 DEMO_RUN = conf=demo_cpu data=demo_$(TASK) $(ARGS)
 
-.PHONY: demo sglang test test-fast test-faults lint docs clean
+.PHONY: demo sglang test test-fast test-long test-faults lint docs clean
 
 # The reference lane: CPU, versions pinned in constraints.txt. torch goes first so that its exact pin is
 # met before any other package asks for a range.
@@ -45,16 +47,21 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 test: lint $(DEMO)/complete $(SGLANG)/installed
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(PYTEST) --durations=30 --durations-min=5
 
 # The faults that `make test` injects a few times, many times: ten minutes on 2 cores. What was seen goes
 # into the documentation.
 test-faults: $(VENV)/installed
 	FAULTS_TABLE=docs/reliability.md \
-		$(BIN)/pytest -n 2 --dist loadfile -m slow -k "not short" tests/faults
+		$(PYTEST) -m slow -k "not short" tests/faults
+
+# The rest of the matrices of which `make test` runs the corners: every kind of compiled kernel, longer
+# training curves.
+test-long: $(VENV)/installed $(DEMO)/complete
+	$(PYTEST) -m long --ignore=tests/faults
 
 test-fast: $(VENV)/installed
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+	$(PYTEST) -m "not slow"
 
 docs: $(VENV)/installed
 	$(BIN)/python -m megaopd.config --markdown > docs/configuration.md

@@ -89,7 +89,7 @@ def test_nothing_is_refused_without_damage(root: Path) -> None:
 
 @pytest.mark.parametrize(
     "flips",
-    [pytest.param(20, id="short"), pytest.param(200, id="long", marks=pytest.mark.faults)],
+    [pytest.param(20, id="short"), pytest.param(200, id="long", marks=pytest.mark.long)],
 )
 def test_flipped_bits(root: Path, rng: random.Random, report: Report, flips: int) -> None:
     newest = step_directory(root, NEWEST)

@@ -76,7 +76,7 @@ def file_system(directory: Path, num_bytes: int) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(directory)], check=True)
 
 
-@pytest.mark.parametrize("known", [True, pytest.param(False, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("known", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_the_disk_is_full(
     config: Path, unbroken: Path, tmp_path: Path, report: Report, known: bool
 ) -> None:
@@ -126,7 +126,7 @@ def _anonymous(line: str, directory: Path) -> str:
     [
         ({"kind": "write_error", "rank": 1, "at": 100, "errno": "EIO"}, "Input/output error"),
         pytest.param(
-            {"kind": "writer_dies", "rank": 0, "at": 100}, "SystemExit", marks=pytest.mark.faults
+            {"kind": "writer_dies", "rank": 0, "at": 100}, "SystemExit", marks=pytest.mark.long
         ),
     ],
     ids=["error", "dead"],
@@ -164,7 +164,7 @@ def test_the_writer_fails(
     )
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_the_background_export_is_killed(config: Path, tmp_path: Path, report: Report) -> None:
     """A run goes on without it, and says so."""
     run_dir = tmp_path / "run"

@@ -45,8 +45,8 @@ def stacks(run_dir: Path) -> dict[str, str]:
     ("phase", "rank"),
     [
         ("student", 1),
-        pytest.param("teacher", 0, marks=pytest.mark.faults),
-        pytest.param("rollout", 1, marks=pytest.mark.faults),
+        pytest.param("teacher", 0, marks=pytest.mark.long),
+        pytest.param("rollout", 1, marks=pytest.mark.long),
     ],
 )
 def test_a_rank_asleep_for_ever(
@@ -82,7 +82,7 @@ def test_a_rank_asleep_for_ever(
     )
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_stopped(
     config: Path, unbroken: Path, tmp_path: Path, report: Report, rank: int
@@ -148,7 +148,7 @@ def test_a_number_that_is_none(
     )
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_three_in_a_row(config: Path, tmp_path: Path, report: Report) -> None:
     run_dir = tmp_path / "run"
     fault = {"kind": "nan_gradient", "rank": 1, "step": 2, "last": 9}
@@ -165,9 +165,7 @@ def test_three_in_a_row(config: Path, tmp_path: Path, report: Report) -> None:
     "words",
     [
         pytest.param((), id="padded"),
-        pytest.param(
-            ("train.max_tokens_per_micro_batch=80",), id="packed", marks=pytest.mark.faults
-        ),
+        pytest.param(("train.max_tokens_per_micro_batch=80",), id="packed", marks=pytest.mark.long),
     ],
 )
 def test_no_token_counts(
@@ -187,7 +185,7 @@ def test_no_token_counts(
     )
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_every_response_is_cut(config: Path, tmp_path: Path, report: Report) -> None:
     """One token a response: none ends by itself, but for those whose first token is the end."""
     run_dir = tmp_path / "run"

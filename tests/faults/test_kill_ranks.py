@@ -24,7 +24,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("times", "num_steps"),
-    [pytest.param(2, 8, id="short"), pytest.param(20, 80, id="long", marks=pytest.mark.faults)],
+    [pytest.param(2, 8, id="short"), pytest.param(20, 80, id="long", marks=pytest.mark.long)],
 )
 @pytest.mark.timeout(1200)
 def test_killed_at_random_steps(
@@ -82,7 +82,7 @@ def _newest(run_dir: Path) -> int:
 
 
 @pytest.mark.parametrize("what", ["moments", "data position", "one bit of a weight"])
-@pytest.mark.faults
+@pytest.mark.long
 def test_a_resume_that_forgets_something_is_seen(
     config: Path, tmp_path: Path, report: Report, what: str
 ) -> None:

@@ -97,7 +97,7 @@ PASSING = (
     "faults",
     [
         pytest.param(PASSING[:4], id="short"),
-        pytest.param(PASSING, id="long", marks=pytest.mark.faults),
+        pytest.param(PASSING, id="long", marks=pytest.mark.long),
     ],
 )
 def test_faults_that_pass(
@@ -119,7 +119,7 @@ def test_faults_that_pass(
     )
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_an_answer_that_is_no_number(
     config: Path, unbroken: Path, tmp_path: Path, report: Report
 ) -> None:
@@ -140,7 +140,7 @@ def test_an_answer_that_is_no_number(
     )
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_a_prompt_that_a_server_refuses(config: Path, tmp_path: Path, report: Report) -> None:
     run_dir = tmp_path / "run"
     with servers(1) as (_, (fake,)):
@@ -154,7 +154,7 @@ def test_a_prompt_that_a_server_refuses(config: Path, tmp_path: Path, report: Re
     )
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_one_of_two_is_gone_and_comes_back(
     config: Path, unbroken: Path, tmp_path: Path, report: Report
 ) -> None:
@@ -171,7 +171,7 @@ def test_one_of_two_is_gone_and_comes_back(
     )
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_all_are_gone(config: Path, unbroken: Path, tmp_path: Path, report: Report) -> None:
     run_dir = tmp_path / "run"
     with servers(1) as (loop, (fake,)):
