@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megaopd.errors import EnvironmentFault
+from megaopd.parallel.gloo import share_device
 
 
 def init_distributed(timeout_s: float = 600.0) -> torch.device:
@@ -29,6 +30,7 @@ def init_distributed(timeout_s: float = 600.0) -> torch.device:
     local_rank = int(os.environ["LOCAL_RANK"])
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     timeout = timedelta(seconds=timeout_s)
+    share_device()
     # Megatron-Core still calls collectives by names that newer torch versions deprecate.
     warnings.filterwarnings("ignore", r"`torch\.distributed\..*deprecated", FutureWarning)
     if torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,3 +147,22 @@ def test_equal_layouts_share_groups_and_release_leaves_none(by_rank):
             assert seen["left"] == 0
     # (0 + 1), (2 + 3) in pairs, then pairs of pairs, then all four.
     assert {found["rounds"][0]["number"] for found in by_rank} == {24}
+
+
+def _threads_that_poll(rank: int, world_size: int) -> tuple[int, int]:
+    """Of gloo's devices, with two dozen groups and after them."""
+    from megaopd.parallel import groups as parallel_groups
+
+    def count() -> int:
+        names = [p.read_text().strip() for p in Path("/proc/self/task").glob("*/comm")]
+        return names.count("gloo_tcp_loop")
+
+    parallel_groups.initialize(ParallelConfig(tensor=2), torch.device("cpu"), seed=1)
+    with_groups = count()
+    parallel_groups.release()
+    return with_groups, count()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads have names on Linux")
+def test_gloo_polls_with_one_thread():
+    assert run_distributed(_threads_that_poll, 2) == [(1, 1)] * 2

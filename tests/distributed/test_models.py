@@ -298,6 +298,7 @@ def test_mixtures_on_two_ranks(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_mixtures_on_four_ranks(tmp_path):
     layouts = [
         ParallelConfig(tensor=2, expert=2, sequence_parallel=True),

@@ -125,7 +125,9 @@ def in_mid_generation(engine: SGLangEngine, act) -> list[Sample]:
     return samples
 
 
-@pytest.mark.parametrize("mode", ["abort", "retract", "in_place"])
+@pytest.mark.parametrize(
+    "mode", ["retract", *(pytest.param(m, marks=pytest.mark.long) for m in ("abort", "in_place"))]
+)
 def test_a_pause_in_mid_generation(case, mode):
     async def pause(client: ServerClient) -> None:
         await client.pause(mode)
@@ -139,6 +141,7 @@ def test_a_pause_in_mid_generation(case, mode):
     assert case.engine.metrics["rollout/retries"] == 0
 
 
+@pytest.mark.long
 def test_a_pause_longer_than_the_time_limit_is_no_hang(server, model_dir):
     config = SGLangConfig(progress_timeout_s=2.0)
     engine = SGLangEngine([server], config=config, vocab_size=VOCAB)

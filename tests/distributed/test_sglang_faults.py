@@ -213,6 +213,7 @@ def test_a_killed_server_loses_and_doubles_nothing_and_comes_back(
         assert num_prefills(killed.log) > before
 
 
+@pytest.mark.long
 def test_a_stopped_server_is_noticed_and_taken_back(model: Path, fleet: ServerFleet) -> None:
     requests = make_requests()
     stopped = fleet.servers[1].pid or 0
@@ -230,6 +231,7 @@ def test_a_stopped_server_is_noticed_and_taken_back(model: Path, fleet: ServerFl
         check_all_there(model, more, run.submit(more))
 
 
+@pytest.mark.long
 def test_generation_that_hangs_behind_a_healthy_front_end(
     model: Path, fleet: ServerFleet, proxy: FaultProxy
 ) -> None:
@@ -258,6 +260,7 @@ def test_faults_that_pass_are_retried(model: Path, proxy: FaultProxy, fault: str
         assert proxy.requests["/generate"] == 7
 
 
+@pytest.mark.long
 def test_a_request_is_retried_five_times_with_growing_waits(proxy: FaultProxy) -> None:
     [request] = make_requests(1, num_tokens=4)
     with running([proxy]) as run:
@@ -297,6 +300,7 @@ def test_an_endpoint_without_a_server_is_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.long
 def test_when_servers_that_are_not_ours_are_dead_nobody_waits(fleet: ServerFleet) -> None:
     proxies = [FaultProxy(server) for server in fleet.servers]
     try:

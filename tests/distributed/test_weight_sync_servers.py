@@ -83,6 +83,18 @@ def train_and_sync(
     engine.close()
 
 
+# What fails is taken out of the update in one way, whatever carries the weights.
+ONE_KIND = [
+    kind if kind == "distributed" else pytest.param(kind, marks=pytest.mark.long)
+    for kind in TRANSPORTS
+]
+# The others are asked of the same engine in test_sglang_engine_servers.py.
+CHECKS = [
+    pytest.param(check, id=name, marks=[] if "weights" in name else pytest.mark.long)
+    for name, check in CONTRACT.items()
+]
+
+
 @pytest.mark.parametrize("kind", TRANSPORTS)
 def test_samples_are_of_the_trainer_s_weights(kind, models, fleet):
     """Two servers, two tensor-parallel ranks, checksums verified; several updates in a row: of each
@@ -94,7 +106,7 @@ def test_samples_are_of_the_trainer_s_weights(kind, models, fleet):
     assert not list(Path("/dev/shm").glob("megaopd-weights-*"))
 
 
-@pytest.mark.parametrize("check", CONTRACT.values(), ids=CONTRACT)
+@pytest.mark.parametrize("check", CHECKS)
 def test_contract(check, models, fleet):
     """What every engine does, here with weights that came from us."""
     engine = connect(fleet.servers, settings("disk"))
@@ -128,7 +140,7 @@ def check(engine: SGLangEngine, model: Path, version: int) -> None:
     assert Case(engine, model).max_error(samples, 1.0) <= TOLERANCE
 
 
-@pytest.mark.parametrize("kind", TRANSPORTS)
+@pytest.mark.parametrize("kind", ONE_KIND)
 def test_an_update_that_fails_on_one_of_two(kind, models, fleet, proxy):
     """In the middle, once: repaired at once. Always: out until an update succeeds."""
     engine = connect([fleet.servers[0], proxy], settings(kind))
@@ -229,7 +241,7 @@ def train_and_die(config: Config, addresses: list[Address], models: list[Path]) 
     sync.sync(Deadly(models[2], lambda: os.kill(os.getpid(), signal.SIGKILL)), engine, 1)
 
 
-@pytest.mark.parametrize("kind", TRANSPORTS)
+@pytest.mark.parametrize("kind", ONE_KIND)
 def test_a_trainer_that_dies_during_an_update(kind, models, fleet):
     """The servers are paused, in an open update, and wait in a group for a member that is gone;
     the next trainer finds them of use at once."""

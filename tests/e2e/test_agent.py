@@ -80,6 +80,7 @@ def test_embedded(directory: Path) -> None:
     assert summary["export_greedy_identical"] == summary["export_greedy_compared"] == 4
 
 
+@pytest.mark.long
 def test_sglang(directory: Path) -> None:
     out = directory / "sglang"
     words = (

@@ -95,7 +95,7 @@ def test_greedy_generations_are_identical(made):
     assert len({tuple(answer[-5:]) for answer in theirs}) == len(PROMPTS)
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [1, pytest.param(3, marks=pytest.mark.long)])
 def test_check_with_logits(made, ranks):
     layout = ("--tensor", ranks) if ranks > 1 else ()
     done = convert(

@@ -582,7 +582,9 @@ def test_process(bench, process):
             assert " are free" in line
 
 
-@pytest.mark.parametrize("process", ["truncated", "full disk, to Megatron"])
+@pytest.mark.parametrize(
+    "process", ["truncated", pytest.param("full disk, to Megatron", marks=pytest.mark.long)]
+)
 def test_two_ranks_say_it_once(bench, process):
     status, says, damage, limit, words = PROCESSES[process]
     damage(bench)

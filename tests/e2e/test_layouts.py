@@ -88,9 +88,9 @@ def test_a_second_run_is_bit_identical(tmp_path):
     assert len(set(runs[0]["loss/divergence"])) == 3
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("num_steps", [3, pytest.param(STEPS, marks=pytest.mark.long)])
-def test_smollm2_at_one_and_three_ranks(tmp_path, num_steps):
+def test_smollm2_at_one_and_three_ranks(tmp_path):
     if not (DEMO / "student/config.json").is_file():
         pytest.skip("run tools/prepare_demo.py for SmolLM2-135M")
     config = tmp_path / "run.yaml"
@@ -102,7 +102,7 @@ teacher: {{path: {DEMO}/teacher, dtype: fp32}}
 data: {{train: {DEMO}/sequence/train.jsonl, max_prompt_tokens: 64}}
 rollout: {{max_new_tokens: 4}}
 optimizer: {{lr: 2.0e-6, warmup_steps: 2}}
-train: {{num_steps: {num_steps}, global_batch_size: 4, micro_batch_size: 4, export: false}}
+train: {{num_steps: {STEPS}, global_batch_size: 4, micro_batch_size: 4, export: false}}
 log: {{tensorboard: false}}
 """
     )
@@ -111,7 +111,7 @@ log: {{tensorboard: false}}
     # In fp32 this network's log-probabilities are right to 2e-5 (against fp64). The gradient,
     # p (log p/q - D), and the entropy inherit it; the loss averages it out while it is not small
     # itself, hence the low learning rate.
-    assert len(one["loss/divergence"]) == num_steps
+    assert len(one["loss/divergence"]) == STEPS
     assert three["loss/divergence"] == pytest.approx(one["loss/divergence"], rel=1e-5)
     assert three["student/entropy"] == pytest.approx(one["student/entropy"], rel=1e-4)
     assert three["train/grad_norm"] == pytest.approx(one["train/grad_norm"], rel=1e-4)

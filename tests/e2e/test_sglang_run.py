@@ -142,6 +142,7 @@ def test_a_recording_replays_to_the_bit(directory: Path, on_policy: Path) -> Non
         assert metrics_of(replay, name) == metrics_of(on_policy, name)
 
 
+@pytest.mark.long
 def test_one_step_off(directory: Path, embedded: Path, given: tuple[str, ...]) -> None:
     """The next batch is sampled while this one trains: one update old, which the mismatch shows,
     and no more. Evaluations come in between, from the newest weights."""

@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.runs import make_run, metrics_of, run_training
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 PHASES = ("rollout", "pack", "teacher", "student", "weight_sync", "eval")
 

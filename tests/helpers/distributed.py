@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megaopd.parallel.gloo import share_device
 from tests.helpers.processes import process_context
 
 
@@ -117,6 +118,7 @@ def _child(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1"
     )
     torch.set_num_threads(1)
+    share_device()
     try:
         dist.init_process_group(
             "gloo",
