@@ -195,6 +195,7 @@ def test_a_sample_longer_than_the_servers_context_is_named(server):
     teacher.close()
 
 
+@pytest.mark.long
 def test_a_run(server, run_yaml, monkeypatch):
     """With all tokens as candidates, what it minimises is the whole reverse KL of its samples; the
     teacher's own accuracy is taken on its servers too."""

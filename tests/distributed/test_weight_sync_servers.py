@@ -263,6 +263,7 @@ def test_a_trainer_that_dies_during_an_update(kind, models, fleet):
     assert not list(Path("/dev/shm").glob("megaopd-weights-*"))
 
 
+@pytest.mark.long
 def test_a_server_that_dies_during_an_update(models, fleet):
     """By broadcast, where its end leaves the others in a group that no longer works. It is
     restarted, and has the current weights before its first request. What a server's end is to the

@@ -89,6 +89,7 @@ def greedy(path: Path) -> list[list[int]]:
     return answers
 
 
+@pytest.mark.long
 def test_greedy_generations_are_identical(made):
     ours, theirs = greedy(made / "back"), greedy(SMOLLM2)
     assert ours == theirs

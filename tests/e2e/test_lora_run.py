@@ -103,6 +103,7 @@ def test_a_run_goes_on_from_an_adapter(config: Path) -> None:
     assert "adapter_config.json: r is 4, student.lora.rank 8" in done.stderr
 
 
+@pytest.mark.long
 def test_an_average_of_one_teacher_twice_is_that_teacher(config: Path) -> None:
     rollouts = config.parent / "rollouts.jsonl"
     common = ("data.eval=", "train.num_steps=2")
