@@ -190,12 +190,19 @@ class _Loader(yaml.SafeLoader):
     depth."""
 
     num_values = 0
+    depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self.num_values += 1
         if self.num_values > MAX_VALUES:
             raise _TooMuch(f"more than {MAX_VALUES} values")
-        return super().compose_node(parent, index)
+        if self.depth > 2 * MAX_DEPTH:
+            raise _TooMuch(f"nested too deeply, more than {2 * MAX_DEPTH} levels")
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
 
     def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
         if self.flow_level > MAX_DEPTH:

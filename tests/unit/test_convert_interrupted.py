@@ -41,6 +41,8 @@ def convert_slowly(argv: list[str], seconds_a_write: float) -> None:
 
     streamed.StreamedFile.write = slow
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    # A test run in a shell's background was started with the signal ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     cli.run(argv)
 
 
