@@ -11,29 +11,35 @@ from datetime import timedelta
 from functools import cache
 from typing import Any
 
-import torch.distributed.distributed_c10d as c10d
-from torch.distributed import Store
+from torch.distributed import ProcessGroupGloo, Store
 
-Original: Any = c10d.ProcessGroupGloo
+Group: Any = ProcessGroupGloo
+_with_own_device = Group.__init__
 
 
 @cache
 def _device() -> Any:
     """Made with the first group, so that a process that forks before has none."""
-    return Original.create_default_device()
+    return Group.create_default_device()
 
 
-class SharedDeviceGloo(Original):
-    """`ProcessGroupGloo` as `torch.distributed.new_group` makes it, but for the device."""
-
-    def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
-        options = Original._Options()
-        options._devices = [_device()]
-        options._timeout = timeout
-        super().__init__(store, rank, size, options)
+def _with_shared_device(
+    self: Any, store: Store, rank: int, size: int, *args: Any, **kw: Any
+) -> None:
+    """As `torch.distributed.new_group` calls it, with a timeout; who brings options has devices."""
+    timeout = kw.get("timeout", args[0] if args else None)
+    if isinstance(timeout, timedelta):
+        options = Group._Options()
+        options._devices, options._timeout = [_device()], timeout
+        args, kw = (options,), {}
+    _with_own_device(self, store, rank, size, *args, **kw)
 
 
 def share_device() -> None:
-    """From now on all gloo groups of this process have one device. torch has no setting for it."""
-    if hasattr(Original, "_Options") and hasattr(Original._Options, "_devices"):
-        c10d.ProcessGroupGloo = SharedDeviceGloo  # type: ignore[misc]
+    """From now on all gloo groups of this process have one device.
+
+    torch has no setting for it. A subclass would not do: torch asks for the class of groups that
+    come back from C++, where they have lost it.
+    """
+    if hasattr(Group, "_Options") and hasattr(Group._Options, "_devices"):
+        Group.__init__ = _with_shared_device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -149,20 +150,23 @@ def test_equal_layouts_share_groups_and_release_leaves_none(by_rank):
     assert {found["rounds"][0]["number"] for found in by_rank} == {24}
 
 
-def _threads_that_poll(rank: int, world_size: int) -> tuple[int, int]:
-    """Of gloo's devices, with two dozen groups and after them."""
+def _threads_that_poll(rank: int, world_size: int) -> tuple[int, int, bool]:
+    """Of gloo's devices, with two dozen groups and after them; whether torch knows the groups."""
     from megaopd.parallel import groups as parallel_groups
 
     def count() -> int:
         names = [p.read_text().strip() for p in Path("/proc/self/task").glob("*/comm")]
         return names.count("gloo_tcp_loop")
 
-    parallel_groups.initialize(ParallelConfig(tensor=2), torch.device("cpu"), seed=1)
+    groups = parallel_groups.initialize(ParallelConfig(tensor=2), torch.device("cpu"), seed=1)
     with_groups = count()
+    gc.collect()  # of a group that C++ alone holds, the class is what C++ says
+    backend = groups.tp._get_backend(torch.device("cpu"))
+    known = isinstance(backend, dist.ProcessGroupGloo)
     parallel_groups.release()
-    return with_groups, count()
+    return with_groups, count(), known
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads have names on Linux")
 def test_gloo_polls_with_one_thread():
-    assert run_distributed(_threads_that_poll, 2) == [(1, 1)] * 2
+    assert run_distributed(_threads_that_poll, 2) == [(1, 1, True)] * 2

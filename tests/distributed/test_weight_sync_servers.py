@@ -111,7 +111,7 @@ def test_contract(check, models, fleet):
     """What every engine does, here with weights that came from us."""
     engine = connect(fleet.servers, settings("disk"))
     ServerSync().sync(Files(models[1]), engine, 0)
-    check(Case(engine, models[1]))
+    check(Case(engine, models[1], exact=False))
     engine.close()
 
 

@@ -32,7 +32,7 @@ def kill(config: Path, run_dir: Path, *words: str, rank: int, save: int, point: 
 
 @pytest.mark.parametrize(
     ("times", "num_steps"),
-    [pytest.param(1, 4, id="short"), pytest.param(20, 48, id="long", marks=pytest.mark.long)],
+    [pytest.param(2, 6, id="short"), pytest.param(20, 48, id="long", marks=pytest.mark.long)],
 )
 @pytest.mark.timeout(1200)
 def test_killed_at_random_points_of_a_save(

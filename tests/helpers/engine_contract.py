@@ -47,11 +47,13 @@ class Case:
         engine: with the weights of `model_dir`.
         model_dir: a Hugging Face directory in fp32.
         can_load: whether `load_weights` works.
+        exact: whether log-probabilities do not depend on what else is in the batch.
     """
 
     engine: RolloutEngine
     model_dir: Path
     can_load: bool = True
+    exact: bool = True
 
     @cached_property
     def model(self) -> torch.nn.Module:
@@ -90,13 +92,16 @@ class Case:
         )
 
 
-def same(samples: list[Sample], expected: list[Sample]) -> bool:
-    """The same tokens; log-probabilities to the rounding of another batch of requests."""
-    return all(
-        found.response_ids == other.response_ids
-        and found.response_logprobs == pytest.approx(other.response_logprobs, abs=TOLERANCE)
-        for found, other in zip(samples, expected, strict=True)
-    )
+def assert_same(case: Case, found: list[Sample], expected: list[Sample]) -> None:
+    """Equal, but for the rounding of log-probabilities where the engine's depend on the batch."""
+    if not case.exact:
+        for one, other in zip(found, expected, strict=True):
+            assert one.response_logprobs == pytest.approx(other.response_logprobs, abs=TOLERANCE)
+        found = [
+            replace(one, response_logprobs=other.response_logprobs)
+            for one, other in zip(found, expected, strict=True)
+        ]
+    assert found == expected
 
 
 def check_order_and_shapes(case: Case) -> None:
@@ -162,13 +167,16 @@ def check_samples_are_taken_when_they_are_there(case: Case) -> None:
     """Taking them waits for nothing and changes nothing; what is given up is out of the way."""
     expected = case.engine.generate(PROMPTS[:2], GREEDY)
     kept, given_up = (case.engine.start(PROMPTS[:2], GREEDY) for _ in range(2))
-    assert same(kept.take() or expected, expected)
+    taken = kept.take()
     given_up.give_up()
     given_up.give_up()
-    assert same(given_up.take() or expected, expected)
-    assert same(kept.result(), expected)
+    left = given_up.take()
+    for samples in (taken, left):
+        if samples is not None:
+            assert_same(case, samples, expected)
+    assert_same(case, kept.result(), expected)
     kept.give_up()
-    assert same(case.engine.generate(PROMPTS[:2], GREEDY), expected)
+    assert_same(case, case.engine.generate(PROMPTS[:2], GREEDY), expected)
 
 
 def check_nothing_to_do(case: Case) -> None:

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
 import json
 import os
-import pkgutil
 import runpy
 import selectors
 import signal
@@ -69,12 +67,8 @@ def _import_all() -> None:
     import megaopd.inputs
     import tests.helpers.preloaded  # noqa: F401
 
-    for name in ("Qwen3ForCausalLM", "AutoTokenizer", "PreTrainedTokenizerFast"):
+    for name in ("AutoTokenizer", "PreTrainedTokenizerFast"):
         getattr(transformers, name)
-    for module in pkgutil.walk_packages(megaopd.__path__, "megaopd."):
-        # Those that are the program of a process of their own.
-        if not module.name.endswith(("__main__", "_worker", "launcher")):
-            importlib.import_module(module.name)
     # The parsers of overrides learn their grammar as they are used.
     megaopd.inputs.read_config(["conf=debug", "eval.reward=zero", 'run.dir="a b"'], 4)
     # A collection would touch, and so copy, every page with an object on it.
